@@ -1,0 +1,195 @@
+"""Infini-attention: project, attend locally, read the memory, mix, write."""
+
+import torch
+from torch import Tensor, nn
+
+from infini import memory
+from infini.config import InfiniConfig
+from infini.layers.norm import RMSNorm, rms_normalize
+from infini.layers.rotary import rotate
+from infini.local import local_attention
+from infini.memory import MemoryState
+from infini.segments import SegmentPlan
+from infini.state import LayerState
+
+# Where the scales and biases of normalised memory queries and keys start: sigma(3 q) and sigma(3 k - 3). Keys start below
+# zero, where ELU + 1 is an exponential, so that a key can be made small.
+MEMORY_SCALE, MEMORY_KEY_BIAS = 3.0, -3.0
+
+
+class InfiniAttention(nn.Module):
+    """One attention layer of arXiv:2404.07143, equations (1) to (7), over any number of segments.
+
+    Parameters (hidden size D, heads h, key/value heads g, head width d):
+        q_proj `[h d, D]`, k_proj and v_proj `[g d, D]`, o_proj `[D, h d]`: no biases.
+        beta `[h]`: gate logits, start at 0, so half memory and half local.
+        write_gate `[g, D]` with bias `[g]` (with `write_gate`): w = sigmoid(W x + b).
+        query_scale, query_bias `[h, d]`, key_scale, key_bias `[g, d]` (with `qk_norm`).
+        read_norm `[d]` (with `deltanet`): RMSNorm of what is read.
+    """
+
+    def __init__(self, config: InfiniConfig, has_memory: bool):
+        super().__init__()
+        self.config, self.has_memory = config, has_memory
+        heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
+        if not has_memory:
+            return
+        self.beta = nn.Parameter(torch.zeros(heads))
+        if config.write_gate:
+            self.write_gate = nn.Linear(config.hidden_size, groups)
+        if config.qk_norm:
+            self.query_scale = nn.Parameter(torch.full((heads, dim), MEMORY_SCALE))
+            self.query_bias = nn.Parameter(torch.zeros(heads, dim))
+            self.key_scale = nn.Parameter(torch.full((groups, dim), MEMORY_SCALE))
+            self.key_bias = nn.Parameter(torch.full((groups, dim), MEMORY_KEY_BIAS))
+        if config.update_rule == "deltanet":
+            self.read_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        plan: SegmentPlan,
+        rotary: tuple[Tensor, Tensor],
+        backend: str = "auto",
+        use_memory: bool = True,
+        trace: list | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        """Attend `x` `[batch, tokens, D]` after `state`.
+
+        Args:
+            x: normalised hidden states.
+            state: what the layer carried so far; None at the start (then `plan.history` is 0).
+            plan: the places of the tokens.
+            rotary: cosines and sines of the plan's line.
+            backend: of the local attention.
+            use_memory: False silences the memory in the mix; it is written all the same.
+            trace: a list that receives one dict of detached statistics, or None for a layer without memory.
+
+        Returns:
+            The layer's output `[batch, tokens, D]` and its new state.
+        """
+        dim = self.config.head_dim
+        q, k, v = (proj(x).unflatten(-1, (-1, dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        strength = None
+        if self.has_memory and self.config.write_gate:
+            strength = torch.sigmoid(_full_precision(self.write_gate(x)))
+        new_strength = strength
+        if state is not None:
+            k, v = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in ((state.keys, k), (state.values, v)))
+            if strength is not None:
+                strength = torch.cat([state.write_strength, strength], dim=1)
+
+        # Keys and values in the line carry no positions; they are turned here, for the local attention only.
+        turned_q = rotate(q, tuple(part[:, plan.history :] for part in rotary))
+        mixed = local_attention(turned_q, rotate(k, rotary), v, plan, backend)
+
+        new_memory = None
+        if self.has_memory:
+            # Gradients and sums of the memory need fp32, whatever the autocast.
+            with torch.autocast(x.device.type, enabled=False):
+                before, new_memory = self._write(state, k, v, strength, plan)
+                mixed = self._read_and_mix(q, before, mixed, plan, use_memory, trace, new_strength)
+        elif trace is not None:
+            trace.append(None)
+
+        kept_strength = None if strength is None else plan.recent(strength)
+        return self.o_proj(mixed.flatten(2)), LayerState(plan.recent(k), plan.recent(v), kept_strength, new_memory)
+
+    def _write(
+        self, state: LayerState | None, k: Tensor, v: Tensor, strength: Tensor | None, plan: SegmentPlan
+    ) -> tuple[MemoryState, MemoryState]:
+        """The memory before each segment and after the last."""
+        initial = empty_memory(self.config, k.shape[0], k) if state is None else state.memory
+        if not plan.any_written and plan.fresh is None:
+            # Nothing fills up, as in most decoding steps: the memory stays as it is.
+            before = MemoryState(*(None if m is None else m.unsqueeze(1) for m in initial))
+            return before, initial
+        grid = plan.line_to_grid
+        return memory.write_segments(
+            self.config.update_rule,
+            initial,
+            self._key_features(grid(k)),
+            None if strength is None else grid(strength).to(initial.matrix.dtype),
+            _full_precision(grid(v)),
+            written=plan.written,
+            fresh=plan.fresh,
+            has_memory=plan.has_memory,
+        )
+
+    def _read_and_mix(self, q, before, local_output, plan, use_memory, trace, strength) -> Tensor:
+        """Equations (3) and (6) for the new tokens `[batch, tokens, heads, d]`."""
+        dtype = local_output.dtype
+        readable = plan.any_memory and use_memory
+        if not readable and not self.config.gate_when_empty:
+            if trace is not None:
+                trace.append(self._statistics(None, None, before, strength))
+            return local_output
+        # In a single segment the tokens need not move to their slots: all of them read the same memory.
+        one = plan.segments == 1
+        to_grid, to_line = (
+            (lambda y: y.unsqueeze(1), lambda y: y.squeeze(1)) if one else (plan.line_to_grid, plan.grid_to_line)
+        )
+        local_grid = _full_precision(to_grid(local_output))
+        memory_output = memory.retrieve(self._query_features(to_grid(q)), *before)
+        if self.config.update_rule == "deltanet":
+            memory_output = self.read_norm(memory_output)
+        has_memory = plan.has_memory
+        if self.config.gate_when_empty:
+            if not use_memory:
+                memory_output = torch.zeros_like(memory_output)
+            elif has_memory is not None:
+                memory_output = memory_output * has_memory[:, :, None, None, None]
+            has_memory = None
+        mixed = memory.mix(_full_precision(self.beta), memory_output, local_grid, has_memory)
+        if trace is not None:
+            trace.append(self._statistics(memory_output, local_grid, before, strength))
+        return to_line(mixed).to(dtype)
+
+    def _query_features(self, q: Tensor) -> Tensor:
+        q = _full_precision(q)
+        if self.config.update_rule == "deltanet":
+            return memory.unit(q)
+        if self.config.qk_norm:
+            q = rms_normalize(q, self.config.rms_norm_eps) * self.query_scale + self.query_bias
+        return memory.feature_map(q, self.config.feature_map)
+
+    def _key_features(self, k: Tensor) -> Tensor:
+        k = _full_precision(k)
+        if self.config.update_rule == "deltanet":
+            return memory.unit(k)
+        if self.config.qk_norm:
+            k = rms_normalize(k, self.config.rms_norm_eps) * self.key_scale + self.key_bias
+        return memory.feature_map(k, self.config.feature_map)
+
+    @torch.no_grad()
+    def _statistics(self, memory_output, local_output, before: MemoryState, strength: Tensor | None) -> dict[str, Tensor]:
+        """What telemetry wants to know of this call."""
+        weight = torch.sigmoid(self.beta.float())
+        found = {"memory_weight": weight, "memory_share": weight.new_zeros(())}
+        if memory_output is not None:
+            from_memory = (weight[:, None] * memory_output).norm()
+            found["memory_share"] = from_memory / (from_memory + ((1 - weight[:, None]) * local_output).norm())
+        if before.normalizer is not None:
+            found["normalizer_min"], found["normalizer_max"] = before.normalizer.aminmax()
+        if strength is not None:
+            found["write_gate_mean"] = strength.mean()
+        return found
+
+
+def empty_memory(config: InfiniConfig, batch: int, like: Tensor) -> MemoryState:
+    """A memory of zeros for one layer, fp32 (fp64 if `like` is), on the device of `like`."""
+    groups, dim = config.num_key_value_heads, config.head_dim
+    features = memory.feature_size(dim, config.feature_map)
+    dtype = torch.promote_types(torch.float32, like.dtype)
+    matrix = torch.zeros(batch, groups, features, dim, dtype=dtype, device=like.device)
+    return MemoryState(matrix, None if config.update_rule == "deltanet" else torch.zeros_like(matrix[..., 0]))
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    """fp32 at least; fp64 stays."""
+    return x.to(torch.promote_types(torch.float32, x.dtype))

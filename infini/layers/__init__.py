@@ -1,0 +1,1 @@
+"""Parts of a decoder block that are not attention."""

@@ -1,0 +1,179 @@
+"""Causal attention near a token: inside its segment, or over the last `window` tokens; backends behind one signature.
+
+`flash` is the flash-attn package, `sdpa` torch's own fused attention (its flash kernel for segments), `eager` softmax written
+out, in any dtype. `auto` takes flash-attn where it is installed and can run, and `sdpa` otherwise; the choice is logged once.
+"""
+
+import functools
+import importlib.util
+import inspect
+import logging
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from infini.errors import InputError
+from infini.segments import SegmentPlan
+
+BACKENDS = ("auto", "flash", "sdpa", "eager")
+
+# Queries of a band that share one piece of keys. Smaller wastes less on masked scores, larger makes fewer, fuller products.
+BAND = 128
+
+HALF = (torch.float16, torch.bfloat16)
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+
+log = logging.getLogger(__name__)
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend: str = "auto") -> Tensor:
+    """Attend causally to the local context: softmax(q k^T / sqrt(d)) v over the tokens that the plan lets each token see.
+
+    Equation (2) of arXiv:2404.07143 for `segment`; for `sliding` the same over the last `window` tokens of the document.
+
+    Args:
+        q: queries of the new tokens, rotary positions applied, `[batch, tokens, heads, d]`.
+        k, v: `[batch, history + tokens, kv_heads, d]`, the plan's line; keys with rotary positions.
+        plan: the places of the tokens.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        `[batch, tokens, heads, d]` in the dtype of `q`.
+
+    Raises:
+        InputError: the backend is unknown, or cannot run here.
+    """
+    backend = choose_backend(backend, q.device.type, q.dtype)
+    if plan.uniform and not plan.sliding and (plan.segments > 1 or plan.opened == 0):
+        # All segments at once: they fold into the batch and need no mask.
+        q, k, v = (rearrange(plan.line_to_grid(x), "b s n h d -> (b s) n h d") for x in (q, k, v))
+        attended = _causal(q, k, v, backend)
+        return plan.grid_to_line(attended.unflatten(0, (plan.batch, plan.segments)))
+    if plan.uniform and plan.sliding and backend != "eager" and q.is_cuda and q.dtype in HALF:
+        start = plan.history - plan.visible
+        windowed = _window_flash_attn if backend == "flash" else _window_torch
+        if windowed is not None:
+            return windowed(q, k[:, start:].to(q.dtype), v[:, start:].to(q.dtype), plan.span)
+    return _banded(q, k, v, plan, backend)
+
+
+def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+    """Resolve `auto`, and refuse a backend that cannot run.
+
+    Example:
+        >>> choose_backend("auto", "cpu", torch.float32)
+        'sdpa'
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"the attention backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+    why_not = None
+    if not HAS_FLASH_ATTN:
+        why_not = "the package flash-attn is not installed"
+    elif device != "cuda":
+        why_not = f"flash-attn needs a CUDA device, not {device}"
+    elif dtype not in HALF:
+        why_not = f"flash-attn needs float16 or bfloat16, not {dtype}"
+    if backend == "flash" and why_not:
+        raise InputError(f"the attention backend 'flash' cannot run: {why_not}. Use 'auto', 'sdpa' or 'eager'")
+    if backend == "auto":
+        return "sdpa" if why_not else "flash"
+    return backend
+
+
+@functools.cache
+def announce_backend(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Log, once for each combination, which backend runs and why."""
+    log.info("local attention on %s in %s: %s", device, dtype, backend)
+    if backend != "flash" and device == "cuda" and dtype in HALF:
+        log.info("flash-attn is %s; sliding windows run in %s", "installed but not asked for" if HAS_FLASH_ATTN
+                 else "not installed", "torch's varlen flash kernel" if _window_torch else "masked bands")
+
+
+def _window_flash_attn(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Sliding attention by the flash-attn package; the last query stands at the last key."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
+
+
+def _find_window_torch():
+    """Sliding attention by torch's public variable-length flash attention, where it knows windows; otherwise None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known or "enable_gqa" not in known:
+        return None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+        rows = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        grouped = q.shape[2] != k.shape[2]
+        attended = varlen_attn(
+            *flat, rows * queries, rows * keys, queries, keys, window_size=(window - 1, 0), enable_gqa=grouped
+        )
+        return attended.unflatten(0, (batch, queries))
+
+    return attend
+
+
+_window_torch = _find_window_torch()
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """Causal attention inside segments that stand in the batch."""
+    if backend == "flash":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k.to(q.dtype), v.to(q.dtype), causal=True)
+    q, k, v = _heads_first(q, k, v)
+    if backend == "eager":
+        tokens = q.shape[-2]
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        return _softmax_attention(q, k, v, seen).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend: str) -> Tensor:
+    """Attention whose reach differs from token to token, at a cost linear in the tokens.
+
+    Bands of queries meet the keys from `span` before the band's first token to its last, under a mask from the plan. One token
+    alone, the decoding step, is a band of one.
+    """
+    tokens, span = plan.tokens, plan.span
+    band = min(BAND, tokens)
+    bands, fill = -(-tokens // band), -tokens % band
+    reach = span + band
+    # Key 0 of a band stands `span` tokens before its first query; the fill at the end is seen by fill queries alone.
+    ahead = span - plan.history
+    q, k, v = _heads_first(F.pad(q, (0, 0) * 2 + (0, fill)), *(F.pad(x, (0, 0) * 2 + (ahead, fill)) for x in (k, v)))
+    k, v = (rearrange(x.unfold(2, reach, band), "b h c d n -> (b c) h n d") for x in (k, v))
+    q = rearrange(q, "b h (c n) d -> (b c) h n d", n=band)
+    place = torch.arange(tokens + fill, device=q.device)
+    earliest = torch.cat([plan.earliest + ahead, (span + place[tokens:]).expand(len(plan.earliest), -1)], dim=1)
+    first, last = (x.unflatten(1, (bands, band)).unsqueeze(-1) for x in (earliest, (span + place).unsqueeze(0)))
+    key = (torch.arange(bands, device=q.device)[:, None] * band + torch.arange(reach, device=q.device)).unsqueeze(1)
+    seen = (key >= first) & (key <= last)
+    seen = seen.expand(plan.batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    attention = _softmax_attention if backend == "eager" else F.scaled_dot_product_attention
+    attended = attention(q, k, v, seen)
+    return rearrange(attended, "(b c) h n d -> b (c n) h d", b=plan.batch)[:, :tokens]
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Attention written out; `seen` is a bool mask of what each query may see."""
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~seen, float("-inf")).softmax(dim=-1) @ v
+
+
+def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`[b, n, h, d]` to `[b, h, n, d]`, each key/value head repeated for the query heads of its group (0, 0, 1, 1, ...)."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.to(q.dtype) for x in (k, v))
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
