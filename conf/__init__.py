@@ -1,0 +1,1 @@
+"""Values only: YAML that `infini.cli` turns into dataclasses."""

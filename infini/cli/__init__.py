@@ -1,0 +1,1 @@
+"""The console command `infini`, and the one door to Hydra."""

@@ -1,0 +1,70 @@
+"""`infini COMMAND ...`: finds the command, and turns errors into one sentence and an exit code."""
+
+import errno
+import importlib
+import sys
+from importlib import metadata
+
+from infini.errors import InputError
+
+COMMANDS = {  # name -> what it does; infini.cli.NAME.run(arguments) is imported when it is asked for
+    "passkey": "look for a pass key hidden in long texts, with any checkpoint",
+    "train": "train a model (-m: a sweep over several)",
+    "report": "render tables and pictures from the records of runs",
+}
+REMEDIES = {
+    errno.ENOSPC: "free some space, or name an output folder on another disk",
+    errno.EDQUOT: "free some space, or name an output folder on another disk",
+    errno.EACCES: "name a file or folder that you may use",
+    errno.EROFS: "name an output folder that can be written",
+}
+INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+        arguments: the command line without the program's name; None reads the process's own.
+
+    Returns:
+        0; 2 after input that cannot be used or a full disk; 130 after Ctrl-C.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(metadata.version("infini-attention"))
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"there is no command {name!r}: use one of {', '.join(COMMANDS)}")
+        importlib.import_module(f"infini.cli.{name}").run(rest)
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror}{where}: {REMEDIES[error.errno]}; what is finished is kept")
+    except KeyboardInterrupt as stop:
+        hint = str(stop) or "what is finished is kept, the same command goes on from there"
+        print(f"\ninterrupted: {hint}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+    lines = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
+    usage = "usage: infini COMMAND [KEY=VALUE ...]"
+    return "\n".join([usage, "", *lines, "", "infini COMMAND --help shows the keys of one."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

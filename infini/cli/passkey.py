@@ -1,0 +1,106 @@
+"""`infini passkey`: the passkey benchmark on a checkpoint, with its record, table and picture."""
+
+import json
+import logging
+import time
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from infini.cli.build import fill, locate
+from infini.cli.compose import MODULE, compose
+from infini.errors import InputError
+from infini.report.record import make_record, read_record, write_record
+from infini.report.render import render
+
+
+@dataclass(frozen=True)
+class Command:
+    """The keys of conf/passkey.yaml that are not the benchmark's: which model, and where to."""
+
+    checkpoint: str | None
+    hf: str | None
+    output: str
+    device: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint and self.hf:
+            raise InputError(f"checkpoint is {self.checkpoint} and hf is {self.hf}: give one of the two")
+
+
+def run(arguments: list[str]) -> None:
+    """Runs the benchmark with Hydra overrides and prints its table.
+
+    Raises:
+        InputError: an override, a checkpoint or an output folder that cannot be used.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_help())
+        return
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("infini").setLevel(logging.INFO)
+    config = compose("passkey", arguments)
+    command, settings, benchmark = read(config)
+    model, tokenizer = _load(command)
+
+    started, output = time.time(), Path(command.output)
+    rows = benchmark(model, tokenizer, settings, output)
+    record = output / "record.json"
+    # A run that was complete before keeps its record: nothing was measured now, at this commit.
+    if not (record.exists() and read_record(record)["rows"] == rows):
+        write_record(
+            make_record(
+                "passkey",
+                config=config,
+                data=_data(output),
+                seeds={"prompts": settings.seed},
+                started=started,
+                rows=rows,
+            ),
+            record,
+        )
+    written = render(record)
+    print(written[0].read_text())
+    print("\n".join(map(str, [record, *written])))
+
+
+def read(config: dict) -> tuple:
+    """From a composed conf/passkey.yaml: the command's own keys, the benchmark's settings, and its run function."""
+    own = {field.name for field in fields(Command)}
+    command = fill(Command, "", {key: value for key, value in config.items() if key in own})
+    asked = {key: value for key, value in config.items() if key not in own and key[0] != "_"}
+    return command, fill(locate(config["_target_"]), "", asked), locate(config["_run_"])
+
+
+def _load(command: Command) -> tuple:
+    import torch
+
+    from infini.cli.device import choose_device
+
+    device = choose_device(command.device)
+    dtype = getattr(torch, command.dtype) if command.dtype else None
+    if command.hf:
+        from infini.hf.causal_lm import load_causal_lm
+
+        return load_causal_lm(command.hf, device, dtype)
+    from infini.data.tokenizer import load_tokenizer
+    from infini.loading import load
+
+    model = load(command.checkpoint, device, dtype)
+    return model, load_tokenizer(model.config)
+
+
+def _data(output: Path) -> dict:
+    # The benchmark leaves there what its numbers depend on.
+    identity = json.loads((output / "run.json").read_bytes())
+    return {key: value for key, value in identity.items() if key.endswith("sha256")}
+
+
+def _help() -> str:
+    conf = files(MODULE)
+    usage = "usage: infini passkey [KEY=VALUE ...]\n"
+    grids = ", ".join(sorted(path.name.removesuffix(".yaml") for path in (conf / "grid").iterdir()))
+    keys = [(conf / name).read_text() for name in ("passkey.yaml", "grid/short.yaml")]
+    return "\n".join([usage, *keys, f"grid is one of {grids}."])

@@ -1,0 +1,36 @@
+"""Which table and picture belong to which kind of record."""
+
+from pathlib import Path
+
+from infini.errors import InputError
+from infini.report.plots import passkey_heat_map
+from infini.report.record import read_record, write_atomically
+from infini.report.tables import passkey_table, train_table
+
+TABLES = {"passkey": passkey_table, "train": train_table}
+PICTURES = {"passkey": passkey_heat_map}
+
+
+def render(path: Path) -> list[Path]:
+    """Writes NAME.md, and NAME.png where there is a picture, beside the record NAME.json.
+
+    Returns:
+        The files written, the table first.
+
+    Raises:
+        InputError: no record, or one of a kind that this version does not know, or that lacks a field.
+    """
+    record = read_record(path)
+    kind = record["kind"]
+    if kind not in TABLES:
+        known = ", ".join(TABLES)
+        raise InputError(f"{path} is a record of kind {kind!r}, this version renders {known}: update infini")
+    try:
+        contents = {".md": TABLES[kind](record).encode()}
+        if kind in PICTURES:
+            contents[".png"] = PICTURES[kind](record)
+    except KeyError as error:
+        raise InputError(f"{path} lacks the field {error.args[0]!r}: run the command that made it again") from error
+    for suffix, content in contents.items():
+        write_atomically(path.with_suffix(suffix), content)
+    return [path.with_suffix(suffix) for suffix in contents]

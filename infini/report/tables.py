@@ -1,0 +1,83 @@
+"""Markdown from records: the same record gives the same bytes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MIB = 2**20
+
+
+def passkey_table(record: Mapping[str, Any]) -> str:
+    """One line per length and depth, sorted.
+
+    Args:
+        record: of kind "passkey"; each row has at least length (tokens), depth (0..1), samples, exact_match and
+            digit_accuracy (shares), tokens_per_second, peak_memory_bytes.
+
+    Returns:
+        Markdown with a caption of the run's provenance.
+    """
+    head = ["length", "depth", "samples", "exact match", "95 % interval", "digits right"]
+    head += ["cut by a border", "tokens/s", "peak memory, MiB"]
+    lines = []
+    for row in sorted(record["rows"], key=lambda row: (row["length"], row["depth"])):
+        interval = cut = "-"
+        if "exact_match_low" in row:
+            interval = f"{_percent(row['exact_match_low'])} to {_percent(row['exact_match_high'])}"
+        if row.get("border_cut"):
+            cut = f"{_percent(row['border_cut_exact_match'])} of {row['border_cut']}"
+        lines.append(
+            [
+                f"{row['length']:,}",
+                f"{row['depth']:g}",
+                str(row["samples"]),
+                _percent(row["exact_match"]),
+                interval,
+                _percent(row["digit_accuracy"]),
+                cut,
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['peak_memory_bytes'] / MIB:,.0f}",
+            ]
+        )
+    return f"# Passkey\n\n{_table(head, lines)}\n{caption(record)}"
+
+
+def train_table(record: Mapping[str, Any]) -> str:
+    """The last metrics of a training run, one line each, with their caption."""
+    lines = [[name.replace("_", " "), _number(value)] for name, value in record["metrics"].items()]
+    return f"# Training\n\n{_table(['metric', 'value'], lines)}\n{caption(record)}"
+
+
+def caption(record: Mapping[str, Any]) -> str:
+    """Where the numbers come from: command, commit, seeds, machine, versions, date."""
+    source, machine = record["source"], record["machine"]
+    commit = source["commit"][:12] if source["commit"] else f"unknown, {source['why']}"
+    if source["dirty"]:
+        commit += " with uncommitted changes"
+    gpus = [gpu["name"] for gpu in machine["gpus"]]
+    hardware = ", ".join([f"{machine['cores']} cores of {machine['cpu']}", *gpus])
+    seeds = ", ".join(f"{name} {seed}" for name, seed in record["seeds"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    facts = {
+        "command": f"`{record['command']}`",
+        "commit": commit,
+        "seeds": seeds,
+        "machine": hardware,
+        "versions": versions,
+        "started": f"{record['started']}, {record['seconds']:,.0f} s",
+    }
+    return "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---:"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

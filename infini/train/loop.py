@@ -1,0 +1,245 @@
+"""The training loop, for any model of the protocol."""
+
+from __future__ import annotations
+
+import logging
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from infini.data.loader import BatchSource, load_batches
+from infini.errors import InputError
+from infini.report.record import make_record, read_record, write_record
+from infini.train.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from infini.train.interrupt import StopRequest
+from infini.train.loss import loss_of
+from infini.train.metrics import MetricsLog
+from infini.train.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from infini.train.run_folder import claim, whole_folder
+from infini.train.settings import TrainSettings
+from infini.train.step import take_step
+from infini.train.telemetry import GateWatch, knock_out
+from infini.train.window import Window
+
+logger = logging.getLogger(__name__)
+
+
+def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output: Path) -> dict:
+    """Train ``model`` on ``source`` and leave everything about the run in ``output``.
+
+    Each step predicts ``tokens[:, 1:]`` from ``tokens[:, :-1]`` of ``settings.accumulation``
+    batches, all segments of a row at once, and minimizes the loss of :mod:`infini.train.loss`.
+    Parameters, optimizer and the model's state are fp32; ``precision="bf16"`` is autocast around
+    the model alone. Between two lines of metrics the host never waits for the device.
+
+    ``output`` receives ``run.json`` (which run this is), ``metrics.jsonl``, ``checkpoints/``,
+    ``model/`` (16-bit, for ``from_pretrained``) and at the end ``record.json``. Called again with
+    the same arguments, an unfinished run goes on from its last checkpoint, a finished one returns
+    its result. On CPU the resumed run equals the uninterrupted one bit for bit.
+
+    Args:
+        model: a :class:`~infini.protocol.SegmentModel` that is a module with ``parameter_groups``,
+            ``save_pretrained``, ``enable_recompute`` and the keywords ``memory`` and ``trace``.
+            It is moved to the device and trained in place.
+        source: random access to batches, see :mod:`infini.data.loader`.
+        settings: see :class:`TrainSettings`.
+        output: folder of this run.
+
+    Returns:
+        The record's metrics: steps, tokens, parameters, seconds, tokens_per_second,
+        peak_memory_bytes, the last losses (nats) and the last knock-out.
+
+    Raises:
+        InputError: the folder holds another run, the source is too short, the device is missing,
+            a loss is not finite, or no space is left.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
+    """
+    started, output = time.time(), Path(output)
+    device = _device(settings.device)
+    _check_length(source, settings)
+    run = {
+        "model": {"class": _name(type(model)), **model.config.to_dict()},
+        "data": _describe(source),
+        "settings": settings.identity(),
+    }
+    claim(output, run)
+    if (output / "record.json").exists():
+        return read_record(output / "record.json")["metrics"]
+
+    _seed_everything(settings.seed)
+    model.to(device).train()
+    if settings.recompute:
+        model.enable_recompute()
+    optimizer = build_optimizer(model, settings)
+    progress = Progress()
+    if checkpoint := latest_checkpoint(output / "checkpoints"):
+        progress = load_checkpoint(checkpoint, model, optimizer)
+        logger.info("going on from %s", checkpoint)
+
+    with MetricsLog(output, progress.step, tensorboard=settings.tensorboard) as log:
+        _run_steps(model, source, settings, output, device, optimizer, progress, log)
+        last, telemetry = log.last("loss"), log.last("knockout_token_loss")
+
+    with whole_folder(output / "model") as folder:
+        model.save_pretrained(folder, dtype=torch.float16)
+    metrics = {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        **{key: last[key] for key in ("loss", "token_loss", "answer_loss")},
+        **{key: telemetry[key] for key in ("knockout_token_loss", "knockout_answer_loss")},
+    }
+    record = make_record(
+        "train",
+        config={"model": run["model"], "settings": {**asdict(settings), "device": str(device)}},
+        data=run["data"],
+        seeds={"train": settings.seed, "data": run["data"].get("seed", settings.seed)},
+        started=started,
+        metrics=metrics,
+    )
+    write_record(record, output / "record.json")
+    return metrics
+
+
+def _run_steps(
+    model: nn.Module,
+    source: BatchSource,
+    settings: TrainSettings,
+    output: Path,
+    device: torch.device,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    log: MetricsLog,
+) -> None:
+    """Take the steps from ``progress.step`` to the end, moving ``progress`` along."""
+    plain = _in_precision(model, device, settings.precision)
+    fast = plain
+    if settings.compile:
+        # Rows and segments vary from batch to batch; without dynamic shapes each pair would compile.
+        fast = _in_precision(torch.compile(model, dynamic=True), device, settings.precision)
+    gates = GateWatch(model)
+    data = load_batches(
+        source,
+        progress.step * settings.accumulation,
+        settings.steps * settings.accumulation,
+        workers=settings.workers,
+        pin_memory=device.type == "cuda",
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    bar = tqdm(
+        total=settings.steps,
+        initial=progress.step,
+        unit="step",
+        desc=str(output),
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    )
+    window = Window()
+
+    with StopRequest() as stop, bar:
+        while progress.step < settings.steps:
+            batches = [next(data) for _ in range(settings.accumulation)]
+            rate = learning_rate_at(progress.step, settings)
+            set_learning_rate(optimizer, rate)
+            result = take_step(fast, optimizer, batches, settings.clip, device)
+            progress.step += 1
+            window.add(progress.step, result)
+            bar.update()
+
+            ends = stop.requested or progress.step == settings.steps
+            saves = ends or progress.step % settings.checkpoint_every == 0
+            # Also after the first step: a dead gate should be told at once.
+            probes = ends or progress.step % settings.knockout_every == 0 or progress.step == 1
+            if saves or probes or progress.step % settings.log_every == 0:
+                # Before anything else: weights that a NaN has spoiled are neither probed nor saved.
+                measured = window.read()
+                progress.tokens += window.tokens
+                progress.seconds += window.seconds
+                row = {"step": progress.step, "tokens": progress.tokens, **measured}
+                row["learning_rate"] = rate
+                row["seconds"] = progress.seconds
+                row["tokens_per_second"] = window.tokens / window.seconds
+                row["peak_memory_bytes"] = _peak_memory_bytes(device)
+                log.write(row)
+                bar.set_postfix_str(_in_short(row), refresh=False)
+                window = Window()
+            if probes:
+                if batches[-1].segments > 1:  # a single segment asks nothing of the memory
+                    gates.check()
+                probe = knock_out(loss_of, plain, batches[-1].to(device))
+                log.write({"step": progress.step, **probe})
+            if saves:
+                saved = save_checkpoint(output / "checkpoints", model, optimizer, progress)
+            if ends and progress.step < settings.steps:  # `stop` may have come since: then the next step ends
+                raise KeyboardInterrupt(
+                    f"stopped after step {progress.step} of {settings.steps}; {saved} is written: "
+                    "run the same command again to go on"
+                )
+
+
+def _in_precision(model: Callable, device: torch.device, precision: str) -> Callable:
+    def call(tokens: torch.Tensor, **keywords):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(tokens, **keywords)
+
+    return call
+
+
+def _in_short(row: dict) -> str:
+    speed, memory = row["tokens_per_second"], row["peak_memory_bytes"] / 2**20
+    return f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s, {memory:,.0f} MiB"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device is {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {name!r} but torch finds no CUDA GPU: use device=cpu")
+    return device
+
+
+def _check_length(source: BatchSource, settings: TrainSettings) -> None:
+    needed = settings.steps * settings.accumulation
+    if hasattr(source, "__len__") and len(source) != needed:
+        raise InputError(
+            f"the data has {len(source)} batches but steps x accumulation is {needed}: make them equal, "
+            "the curriculum follows the number of batches"
+        )
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _describe(source: BatchSource) -> dict:
+    """What the data is made of, as plain values: the class and, of a dataclass, its fields."""
+    settings = fields(source) if is_dataclass(source) else ()
+    return {"class": _name(type(source)), **{f.name: getattr(source, f.name) for f in settings if f.init}}
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

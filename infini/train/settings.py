@@ -1,0 +1,98 @@
+"""Every choice of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from infini.errors import InputError
+
+# These decide how a run is carried out or watched, not what it computes:
+# a run may be resumed with other values.
+_CONVENIENCE = frozenset(
+    {"device", "log_every", "checkpoint_every", "knockout_every", "workers", "tensorboard"}
+)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of :func:`infini.train.train`; a value out of range raises ``InputError``.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: peak rate of matrices, norms and embeddings.
+        memory_learning_rate_scale: the memory's own parameters (gate logits, write gates, scales)
+            learn this many times faster: at the common rate a gate hardly moves in a whole run.
+        weight_decay: AdamW decay of the matrices; nothing else decays.
+        betas: AdamW moment decays.
+        warmup_steps: steps of linear warm-up; the cosine spans the rest.
+        min_learning_rate_ratio: the cosine ends at this share of the peak.
+        clip: largest norm of the whole gradient.
+        accumulation: batches per optimizer step, weighted as if they were one.
+        precision: "bf16" (autocast around the model; parameters and state stay fp32) or "fp32".
+        recompute: recompute the activations of each block in the backward pass.
+        compile: run the model through ``torch.compile`` with dynamic shapes.
+        seed: Python, NumPy and torch random states at the start.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        log_every: steps between lines of metrics; the host waits for the device only then.
+        checkpoint_every: steps between checkpoints; one is also written at the end.
+        knockout_every: steps between telemetry lines (gates, memory share, knock-out).
+        workers: processes that make batches.
+        tensorboard: also write TensorBoard events.
+
+    Example:
+        >>> TrainSettings(steps=10, warmup_steps=2).learning_rate
+        0.001
+        >>> TrainSettings(steps=10)
+        Traceback (most recent call last):
+        ...
+        infini.errors.InputError: warmup_steps is 100 but steps is 10: warm up for fewer steps
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    memory_learning_rate_scale: float = 5.0
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = 100
+    min_learning_rate_ratio: float = 0.1
+    clip: float = 1.0
+    accumulation: int = 1
+    precision: str = "bf16"
+    recompute: bool = False
+    compile: bool = False
+    seed: int = 0
+    device: str = "auto"
+    log_every: int = 20
+    checkpoint_every: int = 500
+    knockout_every: int = 200
+    workers: int = 2
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))  # YAML has lists only
+        at_least_one = ("steps", "accumulation", "log_every", "checkpoint_every", "knockout_every")
+        for name in at_least_one:
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("learning_rate", "memory_learning_rate_scale", "clip"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        for name in ("weight_decay", "warmup_steps", "workers", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        ratio = self.min_learning_rate_ratio
+        _require(0 <= ratio <= 1, "min_learning_rate_ratio", ratio, "between 0 and 1")
+        two_decays = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(two_decays, "betas", self.betas, "two numbers of at least 0 and below 1")
+        _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "bf16 or fp32")
+        if self.warmup_steps > self.steps:
+            raise InputError(
+                f"warmup_steps is {self.warmup_steps} but steps is {self.steps}: "
+                "warm up for fewer steps"
+            )
+
+    def identity(self) -> dict:
+        """The settings that decide what is computed; a run resumes only where they are the same."""
+        return {name: value for name, value in asdict(self).items() if name not in _CONVENIENCE}
+
+
+def _require(ok: bool, name: str, value: object, limit: str) -> None:
+    if not ok:
+        raise InputError(f"{name} is {value!r} but must be {limit}")

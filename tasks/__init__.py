@@ -1,0 +1,1 @@
+"""What models are measured on and trained for; each task knows a model by the protocol alone."""

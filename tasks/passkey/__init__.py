@@ -1,0 +1,1 @@
+"""Passkey: find five digits that were said once in a long text (Landmark wording)."""

@@ -1,0 +1,52 @@
+"""Training batches of dense recall alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from infini.errors import InputError
+from infini.tasks.recall.text import NAMES, write_recall
+from infini.tasks.rows import RowSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallTraining(RowSource):
+    """Rows of dense recall, each with its own number of names and its own density.
+
+    Attributes:
+        pools: the number of names of a row is one of these.
+        longest_gaps: the longest filler between two statements of a row, in bytes, is one of these.
+
+    Example:
+        >>> source = RecallTraining(steps=100, max_segments=4)
+        >>> batch = source[7]
+        >>> batch.tokens.shape[1] == batch.segments * 256 + 1
+        True
+    """
+
+    pools: tuple[int, ...] = (1, 2, 4, 8, 16)
+    longest_gaps: tuple[int, ...] = (0, 32, 128, 512)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_recall(self.pools, self.longest_gaps)
+
+    def write_row(self, random, progress, tokens, answer) -> None:
+        pool, longest_gap = random.choice(self.pools), random.choice(self.longest_gaps)
+        write_recall(random, tokens, answer, int(pool), int(longest_gap))
+
+
+def check_recall(pools: tuple[int, ...], longest_gaps: tuple[int, ...]) -> None:
+    """Refuses pools and gaps that :func:`write_recall` cannot write.
+
+    Raises:
+        InputError: none given, a pool outside 1..676, a negative gap.
+    """
+    if not pools or not longest_gaps:
+        raise InputError("recall needs at least one pool size and one longest gap")
+    if min(pools) < 1 or max(pools) > len(NAMES):
+        raise InputError(f"recall pools are {tuple(pools)}; each must be 1 to {len(NAMES)} names")
+    if min(longest_gaps) < 0:
+        raise InputError(f"recall gaps are {tuple(longest_gaps)} bytes; none may be negative")
