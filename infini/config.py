@@ -97,6 +97,12 @@ class InfiniConfig:
             not (self.qk_norm and self.update_rule == "deltanet"),
             "False for deltanet, whose queries and keys are unit vectors already",
         )
+        # Sparse features leave directions in which z stays 0 and M does not; sharp ones make such reads unbounded.
+        self._require(
+            "feature_map",
+            not (self.feature_map == "dpfp" and self.update_rule == "gamma_delta" and self.qk_norm),
+            '"elu" for gamma_delta with qk_norm: with "dpfp" reads are unbounded',
+        )
         if self.memory_layers is not None:
             self._set("memory_layers", tuple(sorted(set(self.memory_layers))))
             self._require(

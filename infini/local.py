@@ -53,7 +53,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend:
         return plan.grid_to_line(attended.unflatten(0, (plan.batch, plan.segments)))
     if plan.uniform and plan.sliding and backend != "eager" and q.is_cuda and q.dtype in HALF:
         start = plan.history - plan.visible
-        windowed = _window_flash_attn if backend == "flash" else _window_torch
+        windowed = _window_flash_attn if backend == "flash" else _window_torch()
         if windowed is not None:
             return windowed(q, k[:, start:].to(q.dtype), v[:, start:].to(q.dtype), plan.span)
     return _banded(q, k, v, plan, backend)
@@ -88,7 +88,7 @@ def announce_backend(backend: str, device: str, dtype: torch.dtype) -> None:
     log.info("local attention on %s in %s: %s", device, dtype, backend)
     if backend != "flash" and device == "cuda" and dtype in HALF:
         log.info("flash-attn is %s; sliding windows run in %s", "installed but not asked for" if HAS_FLASH_ATTN
-                 else "not installed", "torch's varlen flash kernel" if _window_torch else "masked bands")
+                 else "not installed", "torch's varlen flash kernel" if _window_torch() else "masked bands")
 
 
 def _window_flash_attn(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -98,7 +98,8 @@ def _window_flash_attn(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
 
 
-def _find_window_torch():
+@functools.cache
+def _window_torch():
     """Sliding attention by torch's public variable-length flash attention, where it knows windows; otherwise None."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -119,9 +120,6 @@ def _find_window_torch():
         return attended.unflatten(0, (batch, queries))
 
     return attend
-
-
-_window_torch = _find_window_torch()
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:

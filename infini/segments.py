@@ -145,9 +145,15 @@ class SegmentPlan:
             has_memory, self.empty = torch.stack(has, dim=1), empty
         self.any_written, self.any_memory = bool(full.any()), bool(has_memory.any())
         # None where the mask would say nothing: then no kernel is spent on it.
-        self.written = None if bool(full.all()) else full.to(self.device)
-        self.has_memory = None if bool(has_memory.all()) else has_memory.to(self.device)
-        self.fresh = None if fresh is None or not bool(fresh.any()) else fresh.to(self.device)
+        self.written = None if bool(full.all()) else self._send(full)
+        self.has_memory = None if bool(has_memory.all()) else self._send(has_memory)
+        self.fresh = None if fresh is None or not bool(fresh.any()) else self._send(fresh)
+
+    def _send(self, mask: Tensor) -> Tensor:
+        """A mask on the device. From pinned memory, because any other copy makes the host wait for all kernels before it."""
+        if self.device.type == "cuda":
+            return mask.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return mask.to(self.device)
 
     def line_to_grid(self, line: Tensor) -> Tensor:
         """Put `[batch, history + tokens, ...]`, or the new tokens alone, into `[batch, segments, segment_length, ...]`."""

@@ -48,7 +48,7 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
 
     Args:
         model: a :class:`~infini.protocol.SegmentModel` that is a module with ``parameter_groups``,
-            ``save_pretrained``, ``enable_recompute`` and the keywords ``memory`` and ``trace``.
+            ``save_pretrained``, ``enable_recompute``, ``enable_compile`` and the keywords ``memory`` and ``trace``.
             It is moved to the device and trained in place.
         source: random access to batches, see :mod:`infini.data.loader`.
         settings: see :class:`TrainSettings`.
@@ -79,6 +79,8 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
     model.to(device).train()
     if settings.recompute:
         model.enable_recompute()
+    if settings.compile:
+        model.enable_compile()
     optimizer = build_optimizer(model, settings)
     progress = Progress()
     if checkpoint := latest_checkpoint(output / "checkpoints"):
@@ -124,11 +126,7 @@ def _run_steps(
     log: MetricsLog,
 ) -> None:
     """Take the steps from ``progress.step`` to the end, moving ``progress`` along."""
-    plain = _in_precision(model, device, settings.precision)
-    fast = plain
-    if settings.compile:
-        # Rows and segments vary from batch to batch; without dynamic shapes each pair would compile.
-        fast = _in_precision(torch.compile(model, dynamic=True), device, settings.precision)
+    called = _in_precision(model, device, settings.precision)
     gates = GateWatch(model)
     data = load_batches(
         source,
@@ -153,7 +151,7 @@ def _run_steps(
             batches = [next(data) for _ in range(settings.accumulation)]
             rate = learning_rate_at(progress.step, settings)
             set_learning_rate(optimizer, rate)
-            result = take_step(fast, optimizer, batches, settings.clip, device)
+            result = take_step(called, optimizer, batches, settings.clip, device)
             progress.step += 1
             window.add(progress.step, result)
             bar.update()
@@ -178,7 +176,9 @@ def _run_steps(
             if probes:
                 if batches[-1].segments > 1:  # a single segment asks nothing of the memory
                     gates.check()
-                probe = knock_out(loss_of, plain, batches[-1].to(device))
+                # A probe comes seldom and asks for statistics: nothing to compile for.
+                with torch.compiler.set_stance("force_eager"):
+                    probe = knock_out(loss_of, called, batches[-1].to(device))
                 log.write({"step": progress.step, **probe})
             if saves:
                 saved = save_checkpoint(output / "checkpoints", model, optimizer, progress)

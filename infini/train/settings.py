@@ -30,7 +30,7 @@ class TrainSettings:
         accumulation: batches per optimizer step, weighted as if they were one.
         precision: "bf16" (autocast around the model; parameters and state stay fp32) or "fp32".
         recompute: recompute the activations of each block in the backward pass.
-        compile: run the model through ``torch.compile`` with dynamic shapes.
+        compile: compile the model's blocks, for any number of rows and segments; the first steps take minutes.
         seed: Python, NumPy and torch random states at the start.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         log_every: steps between lines of metrics; the host waits for the device only then.

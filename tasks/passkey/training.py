@@ -42,6 +42,8 @@ class PasskeyTraining(RowSource):
         recall_share_end: share of recall rows from ``recall_fall`` on.
         recall_fall: share of training over which the one becomes the other.
         dense_question_share: share of passkey rows with the question repeated.
+        near_share: share of passkey rows with less than a segment between needle and last question, where
+            local attention has to copy the digits; a uniform depth hardly ever asks for that.
         border_share: share of passkey rows whose last prompt ends on a segment border.
         recall_pools: see :class:`RecallTraining`.
         recall_longest_gaps: see :class:`RecallTraining`.
@@ -60,6 +62,7 @@ class PasskeyTraining(RowSource):
     recall_share_end: float = 0.2
     recall_fall: float = 0.5
     dense_question_share: float = 0.5
+    near_share: float = 0.1
     border_share: float = 0.25
     recall_pools: tuple[int, ...] = (1, 2, 4, 8, 16)
     recall_longest_gaps: tuple[int, ...] = (0, 32, 128, 512)
@@ -71,6 +74,7 @@ class PasskeyTraining(RowSource):
             "recall_share_end",
             "recall_fall",
             "dense_question_share",
+            "near_share",
             "border_share",
         ):
             if not 0 <= getattr(self, name) <= 1:
@@ -106,6 +110,8 @@ class PasskeyTraining(RowSource):
         row = _Row(tokens, answer, phase=int(random.integers(_PERIOD)))
 
         before = int(random.integers(filler, endpoint=True))
+        if random.random() < self.near_share:
+            before = filler - int(random.integers(min(filler, self.segment_length), endpoint=True))
         row.text(_HEAD)
         row.filler(before)
         row.text(("\n" + NEEDLE.format(key=key.decode()) + "\n").encode())

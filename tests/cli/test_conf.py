@@ -1,0 +1,74 @@
+"""Every YAML composes and every value of it reaches a dataclass."""
+
+import dataclasses
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from infini.cli import passkey, train
+from infini.cli.compose import compose
+from infini.config import InfiniConfig
+
+CONF = Path(str(files("infini.conf")))
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+TRAIN = [[f"{group}={option}", "output=x"] for group in ("model", "task") for option in options(group)]
+TRAIN += [[f"{group}={option}"] for group in ("experiment", "debug") for option in options(group)]
+
+
+@pytest.mark.parametrize("overrides", TRAIN, ids=" ".join)
+def test_train_composes_and_builds(overrides):
+    config = compose("train", overrides)
+    model, source, settings = train.read(config)
+    assert source.segment_length == model.segment_length
+    assert len(source) == settings.steps * settings.accumulation
+    assert source.seed == settings.seed == config["seed"]
+
+
+@pytest.mark.parametrize("grid", options("grid"))
+def test_passkey_composes_and_builds(grid):
+    _, settings, benchmark = passkey.read(compose("passkey", [f"grid={grid}"]))
+    assert callable(benchmark)
+    assert all(length >= 4096 for length, _ in settings.cells())
+
+
+def test_no_yaml_is_outside_the_tests_above():
+    tested = {"passkey.yaml", "train.yaml", "task/base/rows.yaml"}  # rows is composed into every task
+    for group in ("model", "task", "experiment", "debug", "grid"):
+        tested |= {f"{group}/{option}.yaml" for option in options(group)}
+    assert {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")} == tested
+
+
+@pytest.mark.parametrize("preset", ["paper", "long"])
+def test_model_yaml_is_the_preset(preset):
+    model, _, _ = train.read(compose("train", [f"model=infini_{preset}", "output=x"]))
+    assert model == getattr(InfiniConfig, preset)()
+
+
+def test_every_setting_can_be_overridden_without_a_plus():
+    config = compose("train", ["output=x"])
+    built = train.read(config)
+    for part, value in zip(("model", "task", "train"), built, strict=True):
+        assert {field.name for field in dataclasses.fields(value)} == {key for key in config[part] if key[0] != "_"}
+    config = compose("passkey", [])
+    command, settings, _ = passkey.read(config)
+    fields = {field.name for value in (command, settings) for field in dataclasses.fields(value)}
+    assert fields == {key for key in config if key[0] != "_"}
+
+
+def test_accumulation_lengthens_the_data_not_the_run():
+    _, source, settings = train.read(compose("train", ["debug=tiny", "train.accumulation=3"]))
+    assert (settings.steps, len(source)) == (4, 12)
+
+
+def test_laptop_grid_is_the_one_of_the_readme():
+    _, settings, _ = passkey.read(compose("passkey", ["grid=laptop"]))
+    five = [0.0, 0.25, 0.5, 0.75, 1.0]
+    expected = [(length, depth) for length in (4096, 16384, 65536) for depth in five] + [(131072, 0.5)]
+    assert settings.cells() == expected
+    assert settings.samples == 1

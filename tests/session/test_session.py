@@ -1,0 +1,229 @@
+"""Sessions: reading in pieces, writing on, going on from a file, and what they refuse."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from infini import InfiniConfig, InfiniTransformer, InputError, StreamingSession
+from infini.session import choose_token
+
+
+def make(**changes):
+    torch.manual_seed(2)
+    shape = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    # Untied, because a tied head of random weights repeats one token for ever.
+    shape |= {"segment_length": 6, "initializer_range": 0.5, "tie_word_embeddings": False}
+    return InfiniTransformer(InfiniConfig(**shape | changes)).eval()
+
+
+@pytest.fixture
+def model():
+    return make()
+
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]
+
+
+@pytest.mark.parametrize("prompt", [6, 12, 13, 14], ids=["one-segment", "two-segments", "and-one", "open"])
+@torch.no_grad()
+def test_greedy_generation_is_what_one_call_says(model, prompt):
+    """Each new token is the likeliest after everything before it, prompt and open segment included, over borders."""
+    session = StreamingSession(model)
+    session.feed(PROMPT[:prompt])
+    written = [token.item() for token in session.generate(20)]
+    assert len(set(written)) > 3
+    text = torch.tensor([PROMPT[:prompt] + written])
+    logits, _ = model(text)
+    assert logits[0, prompt - 1 : -1].argmax(-1).tolist() == written
+    assert session.tokens_seen == prompt + 20
+
+
+@torch.no_grad()
+def test_decoding_reads_the_memory(model):
+    """A token two segments back changes what is generated logits for, and silencing the memory does too."""
+    other = [PROMPT[0] + 1, *PROMPT[1:]]
+    a, b = StreamingSession(model), StreamingSession(model)
+    a.feed(PROMPT)
+    b.feed(other)
+    assert (a.feed([1]) - b.feed([1])).abs().max() > 1e-5
+    silent, _ = model(torch.tensor([[1]]), a.state, memory=False)
+    loud, _ = model(torch.tensor([[1]]), a.state)
+    assert (silent - loud).abs().max() > 1e-5
+
+
+@torch.no_grad()
+def test_the_memory_is_written_once_a_segment(model):
+    """Decoding leaves it alone until the segment is full; a prompt of whole segments is written once."""
+    session = StreamingSession(model)
+    session.feed(PROMPT[:12])
+    memory = session.state.layers[0].memory.matrix
+    # A token more opens the third segment and writes nothing.
+    _, beyond = model(torch.tensor([PROMPT[:13]]))
+    assert torch.allclose(memory, beyond.layers[0].memory.matrix, atol=1e-5)
+    for _ in range(5):
+        session.feed([7])
+        assert torch.equal(session.state.layers[0].memory.matrix, memory)
+    session.feed([7])
+    assert not torch.equal(session.state.layers[0].memory.matrix, memory)
+
+
+def test_pieces_and_progress(model):
+    seen = []
+    session = StreamingSession(model, piece=5)
+    session.feed(PROMPT, progress=seen.append)
+    assert seen == [5, 10, 14] and session.tokens_seen == 14
+    assert torch.allclose(session.feed([1]), StreamingSession(model).feed([*PROMPT, 1]), atol=1e-5)
+    assert not session.feed([1]).requires_grad
+
+
+def test_lists_arrays_and_narrow_integers_are_the_same(model):
+    expected = StreamingSession(model).feed(PROMPT)
+    for ids in (torch.tensor(PROMPT), torch.tensor([PROMPT]), torch.tensor(PROMPT, dtype=torch.uint8), torch.tensor(PROMPT).numpy()):
+        assert torch.equal(StreamingSession(model).feed(ids), expected)
+
+
+def test_a_row_without_tokens_keeps_its_logits(model):
+    session = StreamingSession(model, batch_size=2)
+    first = session.feed(torch.tensor([PROMPT, PROMPT[::-1]]))
+    padding = torch.tensor([[True, True], [False, False]])
+    second = session.feed(torch.tensor([[0, 0], [4, 4]]), padding)
+    assert torch.equal(second[0], first[0])
+    assert torch.allclose(second[1], StreamingSession(model).feed([*PROMPT[::-1], 4, 4])[0], atol=1e-5)
+    assert session.state.tokens_seen.tolist() == [14, 16] and session.tokens_seen == 16
+
+
+def test_stop_ids_end_each_row_and_then_all(model):
+    session = StreamingSession(model, batch_size=2)
+    prompts = torch.tensor([PROMPT, PROMPT[::-1]])
+    session.feed(prompts)
+    free = torch.stack(list(session.generate(12)))
+    stop = free[5, 0].item()
+    assert stop not in free[:8, 1], "both rows would end together"
+    session = StreamingSession(model, batch_size=2)
+    session.feed(prompts)
+    stopped = torch.stack(list(session.generate(12, stop_ids=[stop])))
+    ends = [(free[:, row] == stop).nonzero().flatten()[:1].tolist() for row in range(2)]
+    for row in range(2):
+        end = ends[row][0] if ends[row] else 11
+        assert torch.equal(stopped[: end + 1, row], free[: end + 1, row])
+        assert (stopped[end + 1 :, row] == stop).all()
+    first = [e[0] + 1 if e else 12 for e in ends]
+    assert len(stopped) == max(first)
+    # A row that is done is fed no more.
+    assert session.state.tokens_seen.tolist() == [14 + n for n in first]
+
+
+def test_a_session_can_stop_between_tokens(model, tmp_path):
+    straight, broken = StreamingSession(model), StreamingSession(model)
+    straight.feed(PROMPT)
+    broken.feed(PROMPT)
+    expected = [t.item() for t in straight.generate(9)]
+    writer = broken.generate(9)
+    begun = [next(writer).item() for _ in range(4)]
+    broken.save(tmp_path / "s")
+    restored = StreamingSession.restore(tmp_path / "s", model)
+    assert begun + [t.item() for t in restored.generate(5)] == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "s.next"]
+
+
+def test_a_state_goes_on_in_a_session_and_is_not_changed(model):
+    with torch.no_grad():
+        _, state = model(torch.tensor([PROMPT]))
+    kept = state.clone()
+    session = StreamingSession(model, state=state)
+    expected = StreamingSession(model)
+    expected.feed(PROMPT)
+    assert torch.allclose(session.feed([2]), expected.feed([2]), atol=1e-5)
+    assert session.tokens_seen == 15
+    assert torch.equal(state.layers[1].memory.matrix, kept.layers[1].memory.matrix)
+
+
+def test_sampling_follows_its_settings():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(20_000, -1)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(**settings):
+        return torch.bincount(choose_token(logits, generator=generator, **settings), minlength=4) / len(logits)
+
+    assert torch.allclose(shares(temperature=1.0), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.02)
+    assert torch.allclose(shares(temperature=1.0, top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
+    # 0.5 does not reach 0.6, with 0.3 it does; 0.5 alone reaches 0.5.
+    assert torch.allclose(shares(temperature=1.0, top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
+    assert shares(temperature=1.0, top_p=0.4).tolist() == [1, 0, 0, 0]
+    squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    assert torch.allclose(shares(temperature=0.5), squared / squared.sum(), atol=0.02)
+    assert shares(temperature=0.0).tolist() == [1, 0, 0, 0]
+
+
+def test_sampling_is_repeatable(model):
+    texts = []
+    for _ in range(2):
+        session = StreamingSession(model)
+        session.feed(PROMPT)
+        generator = torch.Generator().manual_seed(5)
+        texts.append([t.item() for t in session.generate(15, temperature=1.0, generator=generator)])
+    assert texts[0] == texts[1] and len(set(texts[0])) > 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature -1.0; neither may be negative"),
+        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(model, settings, message):
+    session = StreamingSession(model)
+    session.feed(PROMPT)
+    with pytest.raises(InputError, match=message):
+        session.generate(**{"max_new_tokens": 3} | settings)
+
+
+def test_bad_text_is_refused_and_the_session_lives_on(model):
+    session = StreamingSession(model)
+    with pytest.raises(InputError, match="nothing was fed"):
+        session.generate(3)
+    session.feed(PROMPT)
+    before = session.state
+    for ids, message in (
+        ([], "the text is empty"),
+        ([3, 20], "from 3 to 20; they must be integers from 0 to 19"),
+        ([-1], "from -1 to -1"),
+        (torch.tensor([0.5]), "torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.long), r"this session has 1 rows"),
+        (torch.zeros(1, 1, 3, dtype=torch.long), r"\[batch, tokens\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            session.feed(ids)
+    with pytest.raises(InputError, match="every token is padding"):
+        session.feed([1, 2], torch.tensor([[True, True]]))
+    assert session.state is before and session.tokens_seen == 14
+    with pytest.raises(InputError, match="piece is 0"):
+        StreamingSession(model, piece=0)
+
+
+def test_damaged_or_foreign_files_are_refused(model, tmp_path):
+    session = StreamingSession(model)
+    session.feed(PROMPT)
+    session.save(tmp_path / "s")
+    with pytest.raises(InputError, match="belongs to another model"):
+        StreamingSession.restore(tmp_path / "s", make(segment_length=7))
+    with pytest.raises(InputError, match="cannot be read"):
+        StreamingSession.restore(tmp_path / "none", model)
+    rest = tmp_path / "s.next"
+    assert set(load_file(rest)) == {"logits", "tokens_seen"}
+    rest.write_bytes(rest.read_bytes()[:20])
+    with pytest.raises(InputError, match=r"s\.next cannot be read .*beside the state"):
+        StreamingSession.restore(tmp_path / "s", model)
+    save_file({"x": torch.zeros(1)}, tmp_path / "s")
+    with pytest.raises(InputError, match="not 'infini-state-1'"):
+        StreamingSession.restore(tmp_path / "s", model)
+
+
+def test_an_unfed_session_is_saved_too(model, tmp_path):
+    StreamingSession(model).save(tmp_path / "s")
+    restored = StreamingSession.restore(tmp_path / "s", model)
+    assert torch.equal(restored.feed(PROMPT), StreamingSession(model).feed(PROMPT))

@@ -1,0 +1,146 @@
+import pickle
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from infini.errors import InputError
+from infini.tasks.passkey.keys import is_held_out
+from infini.tasks.passkey.prompt import FILLER, NEEDLE, QUESTION, TASK
+from infini.tasks.passkey.training import PasskeyTraining
+
+ONLY_PASSKEY = dict(recall_share_start=0.0, recall_share_end=0.0)
+
+
+def rows(source, steps):
+    """(segments, text, answer mask) of every row of these batches."""
+    for step in steps:
+        batch = source[step]
+        for tokens, answer in zip(batch.tokens, batch.answer):
+            yield batch.segments, bytes(tokens.tolist()).decode(), answer.numpy()
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    source = PasskeyTraining(steps=50, seed=3)
+    source[7], source[20]  # what was read before must not matter
+    again = pickle.loads(pickle.dumps(source))
+    for step in (7, 49):
+        assert torch.equal(source[step].tokens, again[step].tokens)
+        assert torch.equal(source[step].answer, again[step].answer)
+    assert not np.array_equal(source[7].tokens[0], PasskeyTraining(steps=50, seed=4)[7].tokens[0])
+    assert not np.array_equal(source[7].tokens[0, :250], source[8].tokens[0, :250])
+
+
+def test_passkey_rows_are_the_benchmarks_text_with_questions_in_it():
+    for _, text, answer in rows(PasskeyTraining(steps=20, **ONLY_PASSKEY), range(0, 20, 2)):
+        key = re.search("The pass key is ([0-9]{5})", text)[1]
+        question = re.escape(f"\n{QUESTION} {key}") + r"(\.\n|\.?\Z)"  # the row's end may cut the last
+        needle = "\n" + NEEDLE.format(key=key) + "\n"
+        assert text.startswith(TASK + "\n") and text.count(needle) == 1
+        rest = re.sub(question, "", text.removeprefix(TASK + "\n").replace(needle, ""))
+        assert rest in FILLER * (len(rest) // len(FILLER) + 2)  # uninterrupted by what was put in
+
+        marks = np.flatnonzero(answer)
+        assert "".join(text[i] for i in marks) == key * (len(marks) // 5)
+        asked = [found.end() + 1 + i for found in re.finditer(re.escape(QUESTION), text) for i in range(5)]
+        assert marks.tolist() == asked
+
+
+def test_keys_of_the_benchmark_are_never_trained():
+    source = PasskeyTraining(steps=200)
+    seen = {int(n) for _, text, _ in rows(source, range(0, 200, 4)) for n in re.findall(r"\d{5}", text)}
+    assert len(seen) > 1000
+    assert not is_held_out(np.array(sorted(seen))).any()
+
+
+def test_the_last_question_ends_in_the_last_segment_and_often_on_its_border():
+    source = PasskeyTraining(steps=400, growth=0.0, max_segments=12, **ONLY_PASSKEY)
+    ends = []
+    for segments, text, answer in rows(source, range(300)):
+        end = text.rindex(QUESTION) + len(QUESTION)
+        assert (segments - 1) * 256 <= end <= segments * 256 - 5
+        assert answer[end + 1 : end + 6].all() and not answer[end + 6 :].any()
+        ends.append(end % 256)
+    assert 0.22 < np.mean(np.array(ends) == 0) < 0.29
+    assert len(set(ends)) > 230
+
+
+def test_the_key_stands_anywhere():
+    source = PasskeyTraining(steps=100, min_segments=8, max_segments=8, **ONLY_PASSKEY)
+    depths = []
+    for _, text, _ in rows(source, range(100)):
+        needle, last = text.index("\nThe pass key is"), text.rindex("\n" + QUESTION)
+        depths.append((needle - len(TASK) - 1) / (last - 60 - len(TASK) - 1))
+    histogram = np.histogram(depths, bins=10, range=(0, 1))[0]
+    assert histogram.min() > 0.7 * len(depths) / 10
+
+
+def test_half_of_the_rows_ask_every_half_to_two_segments():
+    source = PasskeyTraining(steps=100, min_segments=32, max_segments=32, **ONLY_PASSKEY)
+    dense, total = 0, 0
+    for _, text, _ in rows(source, range(100)):
+        starts = [found.start() for found in re.finditer(re.escape("\n" + QUESTION), text)]
+        total += 1
+        dense += len(starts) > 1
+        needle_end = text.index(" is the pass key.\n") + len(" is the pass key.\n")
+        asked = len("\n" + QUESTION) + 8
+        gaps = np.diff([needle_end - asked, *starts]) - asked
+        assert all(128 <= gap <= 512 for gap in gaps[:-1])
+    assert 0.4 < dense / total < 0.6
+
+
+def test_segments_grow_over_the_first_half_and_the_batch_stays_as_big():
+    source = PasskeyTraining(steps=1000)
+    assert [source.top(step) for step in (0, 250, 500, 999)] == [2, 49, 96, 96]
+    early, late = [[source[i].segments for i in range(a, a + 200)] for a in (100, 700)]
+    assert min(early) >= 2 and max(early) <= source.top(300)
+    assert max(late) > 85 and min(late) < 10
+    for step in range(0, 1000, 50):
+        batch = source[step]
+        assert batch.tokens.shape[1] == batch.segments * 256 + 1
+        assert 32768 / 2 < batch.predicted_tokens <= 32768
+
+
+def test_recall_rows_give_way_to_passkey_rows():
+    source = PasskeyTraining(steps=1000, max_segments=8)
+    assert [source.recall_share(x) for x in (0, 0.25, 0.5, 0.99)] == pytest.approx([1, 0.6, 0.2, 0.2])
+    for start, share in ((0, 1.0), (245, 0.6), (700, 0.2)):
+        texts = [text for _, text, _ in rows(source, range(start, start + 20))]
+        assert np.mean([not text.startswith(TASK) for text in texts]) == pytest.approx(share, abs=0.08)
+
+
+def test_one_process_makes_half_a_million_tokens_a_second():
+    source = PasskeyTraining(steps=1000)
+    source[0]
+    started = time.process_time()
+    tokens = sum(source[step].predicted_tokens for step in range(0, 1000, 20))
+    assert tokens / (time.process_time() - started) > 500_000
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (dict(segment_length=64), "min_segments 2 of segment_length 64 are 128 bytes.*252"),
+        (dict(max_segments=1), "max_segments is 1"),
+        (dict(border_share=1.5), "border_share is 1.5"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(tokens_per_batch=0), "tokens_per_batch is 0"),
+        (dict(recall_pools=(0,)), "recall pools are"),
+        (dict(recall_longest_gaps=()), "at least one"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(setting, message):
+    with pytest.raises(InputError, match=message):
+        PasskeyTraining(steps=10, **setting)
+
+
+def test_the_shortest_rows_that_are_allowed_can_be_written():
+    source = PasskeyTraining(steps=3, segment_length=126, max_segments=2, **ONLY_PASSKEY)
+    assert source[0].answer.any(1).all()
+
+
+def test_a_step_after_the_last_is_an_index_error():
+    with pytest.raises(IndexError):
+        PasskeyTraining(steps=3)[3]

@@ -1,0 +1,28 @@
+import pytest
+
+from infini.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limit"),
+    [
+        ("steps", 0, "at least 1"),
+        ("accumulation", 0, "at least 1"),
+        ("learning_rate", 0.0, "greater than 0"),
+        ("clip", -1.0, "greater than 0"),
+        ("weight_decay", -0.1, "0 or more"),
+        ("min_learning_rate_ratio", 1.5, "between 0 and 1"),
+        ("betas", (0.9, 1.0), "below 1"),
+        ("precision", "fp16", "bf16 or fp32"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_limit(settings, name, value, limit):
+    with pytest.raises(InputError, match=limit) as caught:
+        settings(**{name: value})
+    assert name in str(caught.value) and repr(value) in str(caught.value)
+
+
+def test_what_does_not_change_the_numbers_is_not_part_of_a_run_s_identity(settings):
+    assert settings(log_every=3, workers=1).identity() == settings().identity()
+    assert settings(learning_rate=0.5).identity() != settings().identity()
+    assert settings(precision="bf16").identity() != settings().identity()
