@@ -58,6 +58,7 @@ class InfiniAttention(nn.Module):
         backend: str = "auto",
         use_memory: bool = True,
         trace: list | None = None,
+        maps: list | None = None,
     ) -> tuple[Tensor, LayerState]:
         """Attend `x` `[batch, tokens, D]` after `state`.
 
@@ -69,6 +70,7 @@ class InfiniAttention(nn.Module):
             backend: of the local attention.
             use_memory: False silences the memory in the mix; it is written all the same.
             trace: a list that receives one dict of detached statistics, or None for a layer without memory.
+            maps: a list that receives A of `memory.write_segments_with_map`, or None for a layer without memory.
 
         Returns:
             The layer's output `[batch, tokens, D]` and its new state.
@@ -92,34 +94,43 @@ class InfiniAttention(nn.Module):
         if self.has_memory:
             # Gradients and sums of the memory need fp32, whatever the autocast.
             with torch.autocast(x.device.type, enabled=False):
-                before, new_memory = self._write(state, k, v, strength, plan)
+                before, new_memory = self._write(state, k, v, strength, plan, maps)
                 mixed = self._read_and_mix(q, before, mixed, plan, use_memory, trace, new_strength)
-        elif trace is not None:
-            trace.append(None)
+        else:
+            for receiver in (trace, maps):
+                if receiver is not None:
+                    receiver.append(None)
 
         kept_strength = None if strength is None else plan.recent(strength)
         return self.o_proj(mixed.flatten(2)), LayerState(plan.recent(k), plan.recent(v), kept_strength, new_memory)
 
     def _write(
-        self, state: LayerState | None, k: Tensor, v: Tensor, strength: Tensor | None, plan: SegmentPlan
+        self, state: LayerState | None, k: Tensor, v: Tensor, strength: Tensor | None, plan: SegmentPlan, maps: list | None
     ) -> tuple[MemoryState, MemoryState]:
-        """The memory before each segment and after the last."""
+        """The memory before each segment and after the last; `maps` receives how the one became the other."""
         initial = empty_memory(self.config, k.shape[0], k) if state is None else state.memory
         if not plan.any_written and plan.fresh is None:
             # Nothing fills up, as in most decoding steps: the memory stays as it is.
             before = MemoryState(*(None if m is None else m.unsqueeze(1) for m in initial))
+            if maps is not None:
+                maps.append(None)
             return before, initial
         grid = plan.line_to_grid
-        return memory.write_segments(
+        arguments = (
             self.config.update_rule,
             initial,
             self._key_features(grid(k)),
             None if strength is None else grid(strength).to(initial.matrix.dtype),
             _full_precision(grid(v)),
-            written=plan.written,
-            fresh=plan.fresh,
-            has_memory=plan.has_memory,
+            plan.written,
+            plan.fresh,
+            plan.has_memory,
         )
+        if maps is None:
+            return memory.write_segments(*arguments)
+        before, after, carried = memory.write_segments_with_map(*arguments)
+        maps.append(carried)
+        return before, after
 
     def _read_and_mix(self, q, before, local_output, plan, use_memory, trace, strength) -> Tensor:
         """Equations (3) and (6) for the new tokens `[batch, tokens, heads, d]`."""

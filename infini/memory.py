@@ -153,6 +153,57 @@ def write_segments(
         >>> (after.matrix / after.normalizer).item()  # published delta: z counts the pair twice, M holds it once
         1.5
     """
+    before, after, _ = _write(update_rule, initial, key_features, write_strength, values, written, fresh, has_memory)
+    return before, after
+
+
+def write_segments_with_map(
+    update_rule: str,
+    initial: MemoryState,
+    key_features: Tensor,
+    write_strength: Tensor | None,
+    values: Tensor,
+    written: Tensor | None = None,
+    fresh: Tensor | None = None,
+    has_memory: Tensor | None = None,
+) -> tuple[MemoryState, MemoryState, Tensor | None]:
+    """`write_segments`, and how much of the memory before all segments is still there after them.
+
+    What was written falls together with what it overwrote into one affine map, M_after = A M_before + B, where
+    A = A_S ... A_2 A_1 is the product of the scan's own maps. A depends on keys and strengths, and through the normalizer of
+    the delta rules on the keys before; not on values.
+
+    Args:
+        As in `write_segments`.
+
+    Returns:
+        `(before, after, A)` with A `[b, g, k, k]`, or None for the identity, which it is in `linear` without documents that
+        begin. A row of the batch in which a document begins keeps nothing: A = 0.
+
+    Cost: the scan's maps once more, 2 b s g k^3 FLOP.
+
+    Example:
+        >>> key, value = torch.eye(2)[None, None, :1, None], torch.ones(1, 1, 1, 1, 3)  # one token, one head
+        >>> full = MemoryState(torch.ones(1, 1, 2, 3), None)
+        >>> write_segments_with_map("deltanet", full, key, None, value)[2]  # what stood under the first key is replaced
+        tensor([[[[0., 0.],
+                  [0., 1.]]]])
+    """
+    before, after, maps = _write(update_rule, initial, key_features, write_strength, values, written, fresh, has_memory)
+    return before, after, _product(maps, initial, fresh, key_features.shape[1])
+
+
+def _write(
+    update_rule: str,
+    initial: MemoryState,
+    key_features: Tensor,
+    write_strength: Tensor | None,
+    values: Tensor,
+    written: Tensor | None,
+    fresh: Tensor | None,
+    has_memory: Tensor | None,
+) -> tuple[MemoryState, MemoryState, Tensor | None]:
+    """Before, after, and the scan's maps `[b, s c, g, k, k]` in order, c of them a segment; None where all are I."""
     _refuse_16_bit(initial)
     if update_rule not in UPDATE_RULES:
         raise InputError(f"update_rule is {update_rule!r}; choose one of {', '.join(UPDATE_RULES)}")
@@ -181,7 +232,22 @@ def write_segments(
             predicted = predicted * has_memory[:, :, None, None, None]
         maps = torch.eye(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device) - features.transpose(-1, -2) @ predicted
     matrices, M_after = _scan(maps, additions, initial.matrix, fresh)
-    return MemoryState(matrices, normalizers), MemoryState(M_after, z_after)
+    return MemoryState(matrices, normalizers), MemoryState(M_after, z_after), maps
+
+
+def _product(maps: Tensor | None, initial: MemoryState, fresh: Tensor | None, segments: int) -> Tensor | None:
+    """A_S ... A_2 A_1 of the maps `[b, s c, g, k, k]`, neighbors first, so that few large products do it."""
+    if fresh is not None:
+        if maps is None:
+            identity = torch.eye(initial.matrix.shape[-2], dtype=initial.matrix.dtype, device=initial.matrix.device)
+            maps = identity.expand(*fresh.shape, initial.matrix.shape[1], -1, -1)
+        # Emptied and then mapped is nothing, whatever the map of the document's first segment or chunk.
+        begins = F.pad(fresh.unsqueeze(2), (0, maps.shape[1] // segments - 1)).flatten(1)
+        maps = maps.masked_fill(begins[:, :, None, None, None], 0)
+    while maps is not None and maps.shape[1] > 1:
+        pairs = maps.shape[1] // 2 * 2
+        maps = torch.cat([maps[:, 1:pairs:2] @ maps[:, :pairs:2], maps[:, pairs:]], dim=1)
+    return None if maps is None else maps[:, 0]
 
 
 def _scan(
@@ -223,7 +289,7 @@ def _scan_gamma_normalizer(
 
 def _write_deltanet(
     initial: MemoryState, keys: Tensor, strength: Tensor, values: Tensor, fresh: Tensor | None
-) -> tuple[MemoryState, MemoryState]:
+) -> tuple[MemoryState, MemoryState, Tensor]:
     """DeltaNet's token-by-token delta in chunks (WY form, arXiv:2406.06484).
 
     Within a chunk the writes are U - W M with [U W] = (I + strictly_lower(w K K^T))^-1 w [V K], so a chunk is the affine
@@ -247,7 +313,7 @@ def _write_deltanet(
         # A document begins with the first chunk of its first segment.
         fresh = torch.stack([fresh] + [torch.zeros_like(fresh)] * (chunks - 1), dim=2).flatten(1)
     before, after = _scan(maps, additions, initial.matrix, fresh)
-    return MemoryState(before[:, ::chunks], None), MemoryState(after, None)
+    return MemoryState(before[:, ::chunks], None), MemoryState(after, None), maps
 
 
 def _refuse_16_bit(state: MemoryState) -> None:

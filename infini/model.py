@@ -34,8 +34,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, state, plan, rotary, backend, use_memory, trace) -> tuple[Tensor, LayerState]:
-        attended, state = self.attention(self.attention_norm(x), state, plan, rotary, backend, use_memory, trace)
+    def forward(self, x: Tensor, state, plan, rotary, backend, use_memory, trace, maps) -> tuple[Tensor, LayerState]:
+        attended, state = self.attention(self.attention_norm(x), state, plan, rotary, backend, use_memory, trace, maps)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), state
 
@@ -94,6 +94,7 @@ class InfiniTransformer(nn.Module):
         hidden: bool = False,
         memory: bool = True,
         trace: dict | None = None,
+        maps: dict | None = None,
     ) -> tuple[Tensor | None, InfiniState]:
         """Read `tokens` after `state`.
 
@@ -107,6 +108,8 @@ class InfiniTransformer(nn.Module):
             hidden: return the final normalised hidden states in place of logits.
             memory: False silences every memory (knock-out): the mix is as before the first write. It is written all the same.
             trace: receives `trace["layers"]`, one dict of detached statistics a layer (None without memory).
+            maps: receives `maps["layers"]`, for each layer the map A `[batch, kv_heads, k, k]` that this call laid on its memory,
+                M_after = A M_before + what was written; None is the identity (or no memory).
 
         Returns:
             Logits `[batch, tokens or 1, vocab]` (or hidden states `[..., hidden_size]`, or None), and the state after the last
@@ -144,9 +147,10 @@ class InfiniTransformer(nn.Module):
         rotary_dtype = torch.promote_types(torch.float32, x.dtype)
         rotary = rotary_table(plan.positions, self.config.head_dim, self.config.rope_theta, rotary_dtype)
         statistics = None if trace is None else []
+        carried = None if maps is None else []
         layers = []
         for block, old in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            arguments = (x, old, plan, rotary, backend, memory, statistics)
+            arguments = (x, old, plan, rotary, backend, memory, statistics, carried)
             if self._recompute and torch.is_grad_enabled():
                 x, new = recompute(block, *arguments, use_reentrant=False)
             else:
@@ -155,6 +159,8 @@ class InfiniTransformer(nn.Module):
         if trace is not None:
             # A copy: a recomputing backward pass runs the blocks again and appends once more.
             trace["layers"] = list(statistics)
+        if maps is not None:
+            maps["layers"] = list(carried)
         state = InfiniState(tuple(layers), plan.open_length, plan.tokens_seen, plan.empty, self.state_shape)
         if keep == "none":
             return None, state

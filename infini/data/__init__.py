@@ -8,11 +8,12 @@ from importlib import import_module
 _HOME = {
     "Batch": "infini.data.batch",
     "ByteTokenizer": "infini.data.tokenizer",
+    "Gap": "infini.data.batch",
     "load_batches": "infini.data.loader",
     "load_tokenizer": "infini.data.tokenizer",
 }
 
-__all__ = ["Batch", "ByteTokenizer", "load_batches", "load_tokenizer"]
+__all__ = ["Batch", "ByteTokenizer", "Gap", "load_batches", "load_tokenizer"]
 
 
 def __getattr__(name: str):

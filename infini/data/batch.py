@@ -1,10 +1,54 @@
-"""One training batch: the tokens, and which of them are answers."""
+"""One training batch: the tokens, which of them are answers, and a long gap that the rows leave out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
+
+from infini.errors import InputError
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Whole segments of filler between two tokens of a batch's rows, told by their period.
+
+    The filler is a text that repeats, so the gap takes no more room than one period: the token ``i`` of
+    row ``r`` of the gap is ``filler[r, i % period]``. A period as long as the gap is a text that does
+    not repeat. The gap is read and never predicted: no loss falls on it.
+
+    Attributes:
+        position: the gap comes before token ``position * n`` of the rows; a segment border with text on
+            both sides, ``0 < position < segments``.
+        segments: length ``k`` of the gap in segments of ``n`` tokens, at least 1.
+        filler: token ids ``[rows, period]``, any integer dtype.
+
+    Example:
+        >>> gap = Gap(position=1, segments=3, filler=torch.tensor([[7, 8, 9]], dtype=torch.uint8))
+        >>> gap.piece(4, 8).tolist()  # tokens 4 to 7 of the gap
+        [[8, 9, 7, 8]]
+    """
+
+    position: int
+    segments: int
+    filler: torch.Tensor
+
+    def __post_init__(self):
+        if self.position < 1 or self.segments < 1:
+            raise InputError(
+                f"a gap of {self.segments} segments at segment {self.position}; both must be at least 1: "
+                "a batch without a gap has gap=None"
+            )
+        if self.filler.dim() != 2 or self.filler.shape[1] < 1 or self.filler.is_floating_point():
+            raise InputError(
+                f"a gap's filler is {self.filler.dtype} {list(self.filler.shape)}; it must be integers [rows, period]"
+            )
+
+    def piece(self, start: int, stop: int) -> torch.Tensor:
+        """The tokens ``start`` to ``stop - 1`` of the gap, int64 ``[rows, stop - start]`` on the filler's device."""
+        place = torch.arange(start, stop, device=self.filler.device) % self.filler.shape[1]
+        return self.filler[:, place].long()
 
 
 @dataclass(frozen=True)
@@ -20,7 +64,8 @@ class Batch:
             worker to GPU, and :meth:`to` widens them on the device.
         answer: bool ``[rows, S * n + 1]``; True where the token is part of an answer that the text
             before it determines. ``answer[:, 0]`` is predicted by nothing and is ignored.
-        segments: ``S``, the number of segments of each row.
+        segments: ``S``, the number of segments of each row; the gap does not count.
+        gap: what stands between two of the segments but is not in ``tokens``; None: nothing.
 
     Example:
         >>> bytes_ = torch.tensor([[104, 105, 33]], dtype=torch.uint8)
@@ -34,6 +79,7 @@ class Batch:
     tokens: torch.Tensor
     answer: torch.Tensor
     segments: int
+    gap: Gap | None = None
 
     def __post_init__(self):
         if self.tokens.dim() != 2 or self.tokens.shape[1] < 2:
@@ -45,6 +91,17 @@ class Batch:
                 f"answer must be bool of shape {tuple(self.tokens.shape)}, "
                 f"got {self.answer.dtype} of shape {tuple(self.answer.shape)}"
             )
+        if self.gap is not None:
+            self._check_gap(self.gap)
+
+    def _check_gap(self, gap: Gap) -> None:
+        if gap.position >= self.segments:
+            raise InputError(
+                f"the gap is at segment {gap.position} of {self.segments}; text must follow it: "
+                f"position can be 1 to {self.segments - 1}"
+            )
+        if len(gap.filler) != len(self.tokens):
+            raise InputError(f"the gap has {len(gap.filler)} rows of filler, the batch {len(self.tokens)} rows")
 
     @property
     def predicted_tokens(self) -> int:
@@ -52,13 +109,20 @@ class Batch:
         return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on ``device`` with int64 tokens; widened after the copy, which does not wait."""
-        tokens = self.tokens.to(device, non_blocking=True).long()
-        return Batch(tokens, self.answer.to(device, non_blocking=True), self.segments)
+        """The batch on ``device`` with int64 tokens; widened after the copy, which does not wait.
+
+        The filler stays as narrow as it is: :meth:`Gap.piece` widens what is read of it.
+        """
+        moved = self._map(lambda x: x.to(device, non_blocking=True))
+        return replace(moved, tokens=moved.tokens.long())
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which copies to a GPU do not block.
 
         ``DataLoader(pin_memory=True)`` calls it by this name.
         """
-        return Batch(self.tokens.pin_memory(), self.answer.pin_memory(), self.segments)
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        gap = self.gap and replace(self.gap, filler=change(self.gap.filler))
+        return replace(self, tokens=change(self.tokens), answer=change(self.answer), gap=gap)

@@ -219,7 +219,7 @@ SABOTAGES = {
         [f"{STREAM}a_session_can_stop_between_tokens"],
     ),
     "reset-spares-the-memory": (
-        [(SEGMENTS, "self.fresh = None if fresh is None or not bool(fresh.any()) else fresh.to(self.device)", "self.fresh = None")],
+        [(SEGMENTS, "self.fresh = None if fresh is None or not bool(fresh.any()) else self._send(fresh)", "self.fresh = None")],
         [WALK, f"{ANY}a_document_sees_nothing_before_it[paper-linear-21]"],
     ),
     "reset-changes-the-old-state": (
