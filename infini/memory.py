@@ -190,7 +190,7 @@ def write_segments_with_map(
                   [0., 1.]]]])
     """
     before, after, maps = _write(update_rule, initial, key_features, write_strength, values, written, fresh, has_memory)
-    return before, after, _product(maps, initial, fresh, key_features.shape[1])
+    return before, after, _product(maps, initial, fresh)
 
 
 def _write(
@@ -235,19 +235,17 @@ def _write(
     return MemoryState(matrices, normalizers), MemoryState(M_after, z_after), maps
 
 
-def _product(maps: Tensor | None, initial: MemoryState, fresh: Tensor | None, segments: int) -> Tensor | None:
+def _product(maps: Tensor | None, initial: MemoryState, fresh: Tensor | None) -> Tensor | None:
     """A_S ... A_2 A_1 of the maps `[b, s c, g, k, k]`, neighbors first, so that few large products do it."""
-    if fresh is not None:
-        if maps is None:
-            identity = torch.eye(initial.matrix.shape[-2], dtype=initial.matrix.dtype, device=initial.matrix.device)
-            maps = identity.expand(*fresh.shape, initial.matrix.shape[1], -1, -1)
-        # Emptied and then mapped is nothing, whatever the map of the document's first segment or chunk.
-        begins = F.pad(fresh.unsqueeze(2), (0, maps.shape[1] // segments - 1)).flatten(1)
-        maps = maps.masked_fill(begins[:, :, None, None, None], 0)
+    if maps is None and fresh is not None:
+        matrix = initial.matrix
+        maps = torch.eye(matrix.shape[-2], dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:2], -1, -1)[:, None]
     while maps is not None and maps.shape[1] > 1:
         pairs = maps.shape[1] // 2 * 2
         maps = torch.cat([maps[:, 1:pairs:2] @ maps[:, :pairs:2], maps[:, pairs:]], dim=1)
-    return None if maps is None else maps[:, 0]
+    if maps is None or fresh is None:
+        return None if maps is None else maps[:, 0]
+    return maps[:, 0].masked_fill(fresh.any(dim=1)[:, None, None, None], 0)
 
 
 def _scan(

@@ -147,20 +147,24 @@ class InfiniTransformer(nn.Module):
         rotary_dtype = torch.promote_types(torch.float32, x.dtype)
         rotary = rotary_table(plan.positions, self.config.head_dim, self.config.rope_theta, rotary_dtype)
         statistics = None if trace is None else []
-        carried = None if maps is None else []
+        carried = []
         layers = []
         for block, old in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            arguments = (x, old, plan, rotary, backend, memory, statistics, carried)
+            # A list of its own for each block: the length of a shared one would make torch.compile compile every layer apart.
+            received = None if maps is None else []
+            arguments = (x, old, plan, rotary, backend, memory, statistics, received)
             if self._recompute and torch.is_grad_enabled():
                 x, new = recompute(block, *arguments, use_reentrant=False)
             else:
                 x, new = block(*arguments)
             layers.append(new)
+            if maps is not None:
+                carried.append(received[0])
         if trace is not None:
             # A copy: a recomputing backward pass runs the blocks again and appends once more.
             trace["layers"] = list(statistics)
         if maps is not None:
-            maps["layers"] = list(carried)
+            maps["layers"] = carried
         state = InfiniState(tuple(layers), plan.open_length, plan.tokens_seen, plan.empty, self.state_shape)
         if keep == "none":
             return None, state
@@ -232,7 +236,10 @@ class InfiniTransformer(nn.Module):
         self._recompute = on
 
     def enable_compile(self) -> None:
-        """Compile the blocks with `torch.compile` for any number of rows and segments; they are alike and share one graph."""
+        """Compile the blocks with `torch.compile` for any number of rows and segments; alike, they share their graphs."""
+        # With gradient or without, from a state or not, in a gap or not, one row or segment or more: each is a graph of its
+        # own. They are more than torch's limit of 8, beyond which blocks would run uncompiled, with no word but a warning.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.blocks:
             block.compile(dynamic=True)
 

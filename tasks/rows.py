@@ -7,9 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from infini.tasks.text_files import read_texts
 
 from infini.data.batch import Batch
 from infini.errors import InputError
+
+
+def run_of(text: np.ndarray, start: int, count: int) -> np.ndarray:
+    """``count`` bytes of a text from ``start`` on, wrapping round at its end; may be a view.
+
+    Example:
+        >>> run_of(np.frombuffer(b"abcd", np.uint8), 7, 6).tobytes()
+        b'dabcda'
+    """
+    start %= len(text)
+    if start + count <= len(text):
+        return text[start : start + count]
+    return text.take(np.arange(start, start + count), mode="wrap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +45,9 @@ class RowSource(ABC):
         max_segments: most segments of a row.
         growth: share of training after which rows of ``max_segments`` may come.
         tokens_per_batch: upper limit of ``rows * segments * n`` where one row fits.
+        haystacks: files of natural text, see :func:`infini.tasks.text_files.read_texts`; all are read
+            when the source is made.
+        text_share: share of rows whose filler is a window of that text, begun at a random byte.
     """
 
     steps: int
@@ -40,6 +57,8 @@ class RowSource(ABC):
     max_segments: int = 96
     growth: float = 0.5
     tokens_per_batch: int = 32768
+    haystacks: tuple[str, ...] = ()
+    text_share: float = 0.0
 
     def __post_init__(self):
         for name in ("steps", "segment_length", "min_segments", "tokens_per_batch"):
@@ -52,8 +71,16 @@ class RowSource(ABC):
             )
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}; it must not be negative")
-        if not 0 <= self.growth <= 1:
-            raise InputError(f"growth is {self.growth}; it is a share, from 0 to 1")
+        for name in ("growth", "text_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
+        if (self.text_share > 0) != bool(self.haystacks):
+            raise InputError(
+                f"text_share is {self.text_share} and haystacks are {list(self.haystacks)}; "
+                "give both, or 0 and none"
+            )
+        text = "\n\n".join(map(read_texts, self.haystacks)).encode()
+        object.__setattr__(self, "_text", np.frombuffer(text, np.uint8))
 
     @abstractmethod
     def write_row(
@@ -68,18 +95,31 @@ class RowSource(ABC):
             answer: bool ``[S * n + 1]``, all False; set where a byte belongs to an answer.
         """
 
+    def draw_filler(self, random: np.random.Generator, own: np.ndarray) -> np.ndarray:
+        """The text that fills a row: natural text in ``text_share`` of the rows, else ``own``."""
+        # Without natural text nothing is drawn, so that rows are what they were before there was any.
+        return self._text if self.text_share and random.random() < self.text_share else own
+
     def top(self, step: int) -> int:
         """Most segments that a row of this step can have."""
         grown = 1.0 if self.growth == 0 else min(1.0, step / (self.growth * self.steps))
         return self.min_segments + int(grown * (self.max_segments - self.min_segments))
 
+    def random(self, step: int, *stream: int) -> np.random.Generator:
+        """The source of randomness of a step, or another one that has nothing to do with it.
+
+        Raises:
+            IndexError: no such step; iteration over the source ends with it.
+        """
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        return np.random.default_rng((self.seed, step, *stream))
+
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        if not 0 <= step < self.steps:
-            raise IndexError(f"step {step} of {self.steps}")
-        random = np.random.default_rng((self.seed, step))
+        random = self.random(step)
         segments = int(random.integers(self.min_segments, self.top(step), endpoint=True))
         length = segments * self.segment_length
         rows = max(1, self.tokens_per_batch // length)

@@ -16,7 +16,8 @@ class Gap:
 
     The filler is a text that repeats, so the gap takes no more room than one period: the token ``i`` of
     row ``r`` of the gap is ``filler[r, i % period]``. A period as long as the gap is a text that does
-    not repeat. The gap is read and never predicted: no loss falls on it.
+    not repeat. The gap is read, not predicted; only its first token takes the place of the token behind it
+    as the one that follows the text before it.
 
     Attributes:
         position: the gap comes before token ``position * n`` of the rows; a segment border with text on
@@ -102,6 +103,22 @@ class Batch:
             )
         if len(gap.filler) != len(self.tokens):
             raise InputError(f"the gap has {len(gap.filler)} rows of filler, the batch {len(self.tokens)} rows")
+        if (self.tokens.shape[1] - 1) % self.segments:
+            raise InputError(
+                f"rows of {self.tokens.shape[1]} tokens are not {self.segments} whole segments and one token: "
+                "a gap needs whole segments"
+            )
+        # Asked of the CPU alone, where batches are made: a GPU would have to be waited for.
+        border = gap.position * self.segment_length
+        if self.answer.device.type == "cpu" and bool(self.answer[:, border].any()):
+            raise InputError(
+                f"token {border}, the first after the gap, is an answer; nothing predicts it: ask later in the row"
+            )
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a segment, ``n``."""
+        return (self.tokens.shape[1] - 1) // self.segments
 
     @property
     def predicted_tokens(self) -> int:

@@ -4,6 +4,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from infini.report.tables import passkey_title
+
 
 def passkey_heat_map(record: Mapping[str, Any]) -> bytes:
     """Exact match by length (across) and depth (down); cells that were not run stay gray.
@@ -31,7 +33,7 @@ def passkey_heat_map(record: Mapping[str, Any]) -> bytes:
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     axes.set_xlabel("length, tokens")
     axes.set_ylabel("depth of the key")
-    axes.set_title("Passkey, exact match")
+    axes.set_title(f"{passkey_title(record)}, exact match")
     figure.colorbar(image, label="%")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120, metadata={"Software": None})

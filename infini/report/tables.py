@@ -38,7 +38,17 @@ def passkey_table(record: Mapping[str, Any]) -> str:
                 f"{row['peak_memory_bytes'] / MIB:,.0f}",
             ]
         )
-    return f"# Passkey\n\n{_table(head, lines)}\n{caption(record)}"
+    return f"# {passkey_title(record)}\n\n{_table(head, lines)}\n{caption(record)}"
+
+
+def passkey_title(record: Mapping[str, Any]) -> str:
+    """What was asked: the kind of needle, where it is not the plain pass key.
+
+    >>> passkey_title({"config": {"needle": "updated"}})
+    'Passkey, needle updated'
+    """
+    needle = record["config"].get("needle", "passkey")
+    return "Passkey" if needle == "passkey" else f"Passkey, needle {needle}"
 
 
 def train_table(record: Mapping[str, Any]) -> str:

@@ -21,12 +21,12 @@ from infini.errors import InputError
 from infini.report.record import make_record, read_record, write_record
 from infini.train.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from infini.train.interrupt import StopRequest
-from infini.train.loss import loss_of
 from infini.train.metrics import MetricsLog
 from infini.train.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from infini.train.replay import Replay
 from infini.train.run_folder import claim, whole_folder
 from infini.train.settings import TrainSettings
-from infini.train.step import take_step
+from infini.train.step import Parallel, Schedule, take_step
 from infini.train.telemetry import GateWatch, knock_out
 from infini.train.window import Window
 
@@ -37,7 +37,8 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
     """Train ``model`` on ``source`` and leave everything about the run in ``output``.
 
     Each step predicts ``tokens[:, 1:]`` from ``tokens[:, :-1]`` of ``settings.accumulation``
-    batches, all segments of a row at once, and minimizes the loss of :mod:`infini.train.loss`.
+    batches and minimizes the loss of :mod:`infini.train.loss`: all segments of a row at once, or in the order of
+    :mod:`infini.train.replay`; across the gap of a batch that has one as :mod:`infini.train.long_gap` says.
     Parameters, optimizer and the model's state are fp32; ``precision="bf16"`` is autocast around
     the model alone. Between two lines of metrics the host never waits for the device.
 
@@ -127,6 +128,7 @@ def _run_steps(
 ) -> None:
     """Take the steps from ``progress.step`` to the end, moving ``progress`` along."""
     called = _in_precision(model, device, settings.precision)
+    schedule = _schedule(settings, model.config.segment_length)
     gates = GateWatch(model)
     data = load_batches(
         source,
@@ -151,7 +153,7 @@ def _run_steps(
             batches = [next(data) for _ in range(settings.accumulation)]
             rate = learning_rate_at(progress.step, settings)
             set_learning_rate(optimizer, rate)
-            result = take_step(called, optimizer, batches, settings.clip, device)
+            result = take_step(called, optimizer, batches, settings.clip, device, schedule)
             progress.step += 1
             window.add(progress.step, result)
             bar.update()
@@ -178,7 +180,7 @@ def _run_steps(
                     gates.check()
                 # A probe comes seldom and asks for statistics: nothing to compile for.
                 with torch.compiler.set_stance("force_eager"):
-                    probe = knock_out(loss_of, called, batches[-1].to(device))
+                    probe = knock_out(schedule.loss, called, batches[-1].to(device))
                 log.write({"step": progress.step, **probe})
             if saves:
                 saved = save_checkpoint(output / "checkpoints", model, optimizer, progress)
@@ -190,11 +192,18 @@ def _run_steps(
 
 
 def _in_precision(model: Callable, device: torch.device, precision: str) -> Callable:
-    def call(tokens: torch.Tensor, **keywords):
+    def call(*arguments, **keywords):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return model(tokens, **keywords)
+            return model(*arguments, **keywords)
 
     return call
+
+
+def _schedule(settings: TrainSettings, segment_length: int) -> Schedule:
+    group = settings.replay_segments or settings.bptt_segments
+    if group is None:
+        return Parallel()
+    return Replay(segment_length, group, settings.bptt_segments, settings.replay_checkpoints)
 
 
 def _in_short(row: dict) -> str:

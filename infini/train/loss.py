@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +16,14 @@ class LossSums(NamedTuple):
 
     tokens: torch.Tensor
     answers: torch.Tensor
+
+    def plus(self, other: LossSums) -> LossSums:
+        """Both batches' sums."""
+        return LossSums(self.tokens + other.tokens, self.answers + other.answers)
+
+    def detach(self) -> LossSums:
+        """The same numbers without their history of gradients."""
+        return LossSums(self.tokens.detach(), self.answers.detach())
 
 
 def loss_of(model: Callable, batch: Batch) -> LossSums:
@@ -39,9 +47,31 @@ def loss_of(model: Callable, batch: Batch) -> LossSums:
         >>> f"{sums.tokens:.4f} {sums.answers:.4f}"
         '2.7726 1.3863'
     """
-    logits, _ = model(batch.tokens[:, :-1])
+    return loss_of_span(model, batch, 0, batch.tokens.shape[1] - 1)[0]
+
+
+def loss_of_span(
+    model: Callable, batch: Batch, start: int, stop: int, state: Any = None
+) -> tuple[LossSums, Any]:
+    """:func:`loss_of` for the tokens ``start`` to ``stop - 1`` of the rows, read after ``state``.
+
+    Args:
+        model: called as ``model(tokens, state)``, without ``state`` where it is None.
+        batch: see :func:`loss_of`. Text before its gap is followed by the gap, not by the text behind it.
+        start: first token read.
+        stop: last token predicted.
+        state: what the model carries of the tokens before; None at the start of a text.
+
+    Returns:
+        The sums and the state after the last token, with its gradients.
+    """
+    read, following = batch.tokens[:, start:stop], batch.tokens[:, start + 1 : stop + 1]
+    if batch.gap is not None and stop == batch.gap.position * batch.segment_length:
+        following = torch.cat([following[:, :-1], batch.gap.piece(0, 1)], dim=1)
+    logits, state = model(read) if state is None else model(read, state)
     losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), batch.tokens[:, 1:].flatten(), reduction="none"
+        logits.flatten(0, 1).float(), following.flatten(), reduction="none"
     )
     # A product, not indexing: the number of answers would have to be read back from the device.
-    return LossSums(losses.sum(), (losses * batch.answer[:, 1:].flatten()).sum())
+    answers = losses * batch.answer[:, start + 1 : stop + 1].flatten()
+    return LossSums(losses.sum(), answers.sum()), state

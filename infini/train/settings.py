@@ -30,6 +30,12 @@ class TrainSettings:
         accumulation: batches per optimizer step, weighted as if they were one.
         precision: "bf16" (autocast around the model; parameters and state stay fp32) or "fp32".
         recompute: recompute the activations of each block in the backward pass.
+        replay_segments: hold the activations of so many segments at a time, for one more forward pass, see
+            :class:`infini.train.replay.Replay`; the gradient stays exact. None: of whole rows.
+        replay_checkpoints: "every" keeps a state for each group of ``replay_segments``, "sqrt" for some
+            ``2 sqrt(groups)``, for one more forward pass.
+        bptt_segments: truncate: the gradient stops at every so-many-th segment border of a row. A multiple of
+            ``replay_segments`` where that is set; alone, rows are read and learned from in pieces of this size. None: never.
         compile: compile the model's blocks, for any number of rows and segments; the first steps take minutes.
         seed: Python, NumPy and torch random states at the start.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
@@ -59,6 +65,9 @@ class TrainSettings:
     accumulation: int = 1
     precision: str = "bf16"
     recompute: bool = False
+    replay_segments: int | None = None
+    replay_checkpoints: str = "every"
+    bptt_segments: int | None = None
     compile: bool = False
     seed: int = 0
     device: str = "auto"
@@ -82,10 +91,25 @@ class TrainSettings:
         two_decays = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(two_decays, "betas", self.betas, "two numbers of at least 0 and below 1")
         _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "bf16 or fp32")
+        self._check_replay()
         if self.warmup_steps > self.steps:
             raise InputError(
                 f"warmup_steps is {self.warmup_steps} but steps is {self.steps}: "
                 "warm up for fewer steps"
+            )
+
+    def _check_replay(self) -> None:
+        for name in ("replay_segments", "bptt_segments"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1, or null")
+        known = self.replay_checkpoints in ("every", "sqrt")
+        _require(known, "replay_checkpoints", self.replay_checkpoints, "every or sqrt")
+        if self.replay_checkpoints == "sqrt" and self.replay_segments is None:
+            raise InputError("replay_checkpoints is 'sqrt' but nothing is replayed: set replay_segments, or use every")
+        if self.replay_segments and self.bptt_segments and self.bptt_segments % self.replay_segments:
+            raise InputError(
+                f"bptt_segments is {self.bptt_segments} but must be a multiple of replay_segments = {self.replay_segments}: "
+                "gradients stop between groups"
             )
 
     def identity(self) -> dict:

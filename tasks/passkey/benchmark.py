@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from infini.tasks.passkey.cells import FinishedCells
+from infini.tasks.passkey.keys import draw_keys
+from infini.tasks.passkey.needles import Quiz, needle_kind
+from infini.tasks.passkey.prompt import Haystack, Prompt, build_prompt, check_length
+from infini.tasks.passkey.score import first_integer, right_digits, wilson_interval
+from infini.tasks.peak_memory import peak_bytes, start_peak
 from tqdm import tqdm
 
 from infini.errors import InputError
 from infini.session import StreamingSession
-from infini.tasks.passkey.cells import FinishedCells
-from infini.tasks.passkey.keys import draw_keys
-from infini.tasks.passkey.prompt import Haystack, Prompt, build_prompt
-from infini.tasks.passkey.score import first_integer, right_digits, wilson_interval
-from infini.tasks.peak_memory import peak_bytes, start_peak
 
 VERSION = 1
 EXTRA_TOKENS = 5  # generated beyond the digits: a space before, and room to see that the number ends
@@ -36,8 +37,9 @@ class PasskeyBenchmark:
             each length.
         samples: prompts per cell, each with its own held-out key and its own filler phase.
         seed: not negative.
-        digits: of a key, 3..18.
-        haystack: ``"repeat"`` or ``"text:FILE"``.
+        needle: what is hidden and how it is asked for, see :mod:`infini.tasks.passkey.needles`.
+        digits: of a key, 3..18; None becomes the needle's own number: 5, of ``niah_single_1`` 7.
+        haystack: ``"repeat"`` or ``"text:FILES"``; a text is begun at a random place.
         batch_size: prompts at once.
         piece: tokens fed at once.
     """
@@ -46,7 +48,8 @@ class PasskeyBenchmark:
     depths: tuple[float, ...] | Mapping[int, tuple[float, ...]] = (0.0, 0.25, 0.5, 0.75, 1.0)
     samples: int = 1
     seed: int = 0
-    digits: int = 5
+    needle: str = "passkey"
+    digits: int | None = None
     haystack: str = "repeat"
     batch_size: int = 1
     piece: int = 4096
@@ -59,6 +62,9 @@ class PasskeyBenchmark:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}; it must not be negative")
+        kind = needle_kind(self.needle)
+        if self.digits is None:
+            object.__setattr__(self, "digits", kind.digits)
         if not 3 <= self.digits <= 18:
             raise InputError(f"digits is {self.digits}; a key has 3 to 18 digits")
         if isinstance(self.depths, Mapping) and set(self.depths) != set(self.lengths):
@@ -100,8 +106,9 @@ def run(model, tokenizer, settings: PasskeyBenchmark, output: Path) -> list[dict
         output: the folder of this run.
 
     Returns:
-        One row per cell: length, depth, samples, exact_match, digit_accuracy, tokens_per_second,
-        peak_memory_bytes, and the extras exact_match_low, exact_match_high (95 % interval),
+        One row per cell: length, depth, needle, samples, exact_match, digit_accuracy,
+        tokens_per_second, peak_memory_bytes, and the extras exact_match_low, exact_match_high (95 %
+        interval),
         digit_accuracy_by_position, border_cut (needles in more than one segment),
         border_cut_exact_match (None when there are none), state_bytes (per sample), seconds.
 
@@ -114,9 +121,10 @@ def run(model, tokenizer, settings: PasskeyBenchmark, output: Path) -> list[dict
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
             "use the model's own tokenizer"
         )
-    haystack = Haystack.load(settings.haystack, tokenizer)
+    haystack = Haystack.load(settings.haystack, tokenizer, needle_kind(settings.needle).filler)
     for length, depth in settings.cells():  # a length that is too short is found before any work
-        build_prompt(tokenizer, length, depth, 10 ** (settings.digits - 1), haystack)
+        for asked in _asked(settings, haystack, length, depth):
+            check_length(tokenizer, length, asked.quiz)
 
     device = next(model.parameters()).device
     finished = FinishedCells(Path(output), _identity(model, settings, haystack, device))
@@ -151,52 +159,75 @@ def fingerprint(model) -> str:
 
 
 def _identity(model, settings, haystack, device) -> dict:
+    asked = dataclasses.asdict(settings)
+    if settings.needle == "passkey":
+        del asked["needle"]  # as folders say that are older than the other kinds
     return {
         "task": "passkey",
         "version": VERSION,
-        **dataclasses.asdict(settings),
+        **asked,
         "haystack_sha256": hashlib.sha256(haystack.ids.numpy()).hexdigest(),
         "checkpoint_sha256": fingerprint(model),
         "device": device.type,
     }
 
 
-def _run_cell(model, tokenizer, settings, haystack, length, depth, device, bar) -> dict:
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt that is not built yet."""
+
+    key: int
+    phase: int
+    quiz: Quiz
+
+
+def _asked(settings, haystack, length, depth) -> list[_Asked]:
     # Drawn from the cell's own values, so a cell is the same whatever other cells are asked for.
     random = np.random.default_rng((settings.seed, length, round(depth * 10**9)))
     keys = draw_keys(random, settings.samples, settings.digits, held_out=True).tolist()
     phases = random.integers(len(haystack.ids), size=settings.samples).tolist()
+    draw = needle_kind(settings.needle).draw
+    quizzes = [draw(random, key, True) for key in keys]
+    return list(map(_Asked, keys, phases, quizzes))
 
+
+def _run_cell(model, tokenizer, settings, haystack, length, depth, device, bar) -> dict:
+    asked = _asked(settings, haystack, length, depth)
     samples, seconds = [], 0.0
     start_peak(device)
     for first in range(0, settings.samples, settings.batch_size):
         # Only this batch's prompts exist, so that the peak is the model's and not the benchmark's.
+        now = asked[first : first + settings.batch_size]
         batch = [
-            build_prompt(tokenizer, length, depth, keys[i], haystack, phases[i])
-            for i in range(first, min(first + settings.batch_size, settings.samples))
+            build_prompt(tokenizer, length, depth, one.key, haystack, one.phase, one.quiz)
+            for one in now
         ]
         started = time.perf_counter()
         session = StreamingSession(model, batch_size=len(batch), piece=settings.piece)
         _feed(session, batch, settings.piece, bar)
         seconds += time.perf_counter() - started
         answers = _answers(session, tokenizer, settings.digits + EXTRA_TOKENS)
-        samples += map(_sample, batch, answers, [model.config.segment_length] * len(batch))
+        n = model.config.segment_length
+        for prompt, one, answer in zip(batch, now, answers, strict=True):
+            samples.append(_sample(prompt, one.quiz, answer, n))
     rate, peak = length * settings.samples / seconds, peak_bytes(device)
     bar.set_postfix_str(f"{length} at {depth:g}: {rate:,.0f} tok/s, peak {peak / 2**20:,.0f} MiB")
-    row = {"length": length, "depth": depth, **_summary(samples)}
+    row = {"length": length, "depth": depth, "needle": settings.needle, **_summary(samples)}
     row |= {"tokens_per_second": rate, "peak_memory_bytes": peak, "seconds": seconds}
     row |= {"state_bytes": session.state_bytes // len(batch)}
     return {"row": row, "samples": samples}
 
 
-def _sample(prompt: Prompt, text: str, segment_length: int) -> dict:
+def _sample(prompt: Prompt, quiz: Quiz, text: str, segment_length: int) -> dict:
     answer = first_integer(text)
     return {
         "key": prompt.key,
+        "question": quiz.question,
         "output": text,
         "exact": bool(answer) and int(answer) == prompt.key,
         "digits": right_digits(answer, prompt.key),
         "needle": [prompt.needle_start, prompt.needle_end],
+        "decoys": [list(span) for span in prompt.decoys],
         "border_cut": prompt.cut_by_border(segment_length),
     }
 

@@ -1,25 +1,14 @@
-"""Passkey prompts of exactly the asked number of tokens, in any tokenizer."""
+"""Prompts of exactly the asked number of tokens, in any tokenizer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from infini.tasks.passkey.needles import FILLER, NEEDLE, Quiz
+from infini.tasks.text_files import read_texts
 
 from infini.errors import InputError
-
-# The wording of the Landmark attention code (arXiv 2305.16300), which the Infini-attention paper
-# prints too. The parts are joined with newlines.
-TASK = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-    "I will quiz you about the important information there."
-)
-FILLER = (
-    " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-)
-NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = "What is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
@@ -33,12 +22,14 @@ class Haystack:
     ids: torch.Tensor
 
     @classmethod
-    def load(cls, source: str, tokenizer) -> Haystack:
+    def load(cls, source: str, tokenizer, filler: str = FILLER) -> Haystack:
         """The text named by ``source``, encoded once.
 
         Args:
-            source: ``"repeat"`` for the paper's five sentences, ``"text:FILE"`` for a UTF-8 file.
+            source: ``"repeat"`` for ``filler``; ``"text:FILES"`` for text files, see
+                :func:`infini.tasks.text_files.read_texts`.
             tokenizer: anything with ``encode(str) -> list[int]``.
+            filler: the sentences that ``"repeat"`` repeats; the paper's five.
 
         Raises:
             InputError: another source, or a file that is missing, not UTF-8 or without text.
@@ -50,18 +41,19 @@ class Haystack:
             90
         """
         if source == "repeat":
-            text = FILLER
+            text = filler
         elif source.startswith("text:"):
-            text = _read_text(Path(source.removeprefix("text:")))
+            text = read_texts(source.removeprefix("text:"))
         else:
-            raise InputError(f'haystack is {source!r}; use "repeat" or "text:FILE"')
+            raise InputError(
+                f'haystack is {source!r}; use "repeat" or "text:FILE" '
+                "(a text file, a Parquet file, or a glob pattern of them)"
+            )
         return cls(torch.tensor(tokenizer.encode(text), dtype=torch.int64))
 
     def run(self, start: int, count: int) -> torch.Tensor:
         """``count`` ids from position ``start`` on, int64, wrapping round at the period's end."""
-        start %= len(self.ids)
-        laps = -(-(start + count) // len(self.ids))
-        return self.ids.repeat(laps)[start : start + count]
+        return self.ids[torch.arange(start, start + count) % len(self.ids)]
 
 
 @dataclass(frozen=True)
@@ -73,12 +65,14 @@ class Prompt:
         key: the number to be found.
         needle_start: position of the first token of the sentence that holds the key.
         needle_end: position after its last token.
+        decoys: ``(start, end)`` of each statement that is not asked for, in the quiz's order.
     """
 
     ids: torch.Tensor
     key: int
     needle_start: int
     needle_end: int
+    decoys: tuple[tuple[int, int], ...] = ()
 
     def cut_by_border(self, segment_length: int) -> bool:
         """Whether the needle's tokens lie in more than one segment of ``segment_length`` tokens."""
@@ -86,14 +80,20 @@ class Prompt:
 
 
 def build_prompt(
-    tokenizer, length: int, depth: float, key: int, haystack: Haystack, phase: int = 0
+    tokenizer,
+    length: int,
+    depth: float,
+    key: int,
+    haystack: Haystack,
+    phase: int = 0,
+    quiz: Quiz | None = None,
 ) -> Prompt:
-    """A passkey prompt of exactly ``length`` tokens.
+    """A prompt of exactly ``length`` tokens.
 
     ``prefix | TASK \\n | filler | \\n NEEDLE \\n | filler | \\n QUESTION``: the parts are encoded
     one by one and only the filler is cut, in the middle of a sentence or word if need be (as in
     the Landmark code). The prefix is ``tokenizer.prefix_ids`` where a tokenizer has one, such as a
-    begin-of-text token.
+    begin-of-text token. A quiz's decoys stand like the needle, each at its own place of the filler.
 
     Args:
         tokenizer: anything with ``encode(str) -> list[int]``.
@@ -102,6 +102,7 @@ def build_prompt(
         key: the number to hide.
         haystack: the filler.
         phase: position in the haystack's period at which the filler begins.
+        quiz: the other texts, with ``key`` in them; None: those of the passkey.
 
     Raises:
         InputError: depth outside 0..1, or a length that cannot hold the text around the filler.
@@ -115,44 +116,69 @@ def build_prompt(
     """
     if not 0 <= depth <= 1:
         raise InputError(f"depth is {depth}; it is a share of the text, from 0 to 1")
-
-    def encode(text: str) -> torch.Tensor:
-        return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
-
-    prefix = torch.tensor(getattr(tokenizer, "prefix_ids", []), dtype=torch.int64)
-    task, newline = encode(TASK + "\n"), encode("\n")
-    needle, question = encode(NEEDLE.format(key=key)), encode("\n" + QUESTION)
-    fixed = sum(map(len, (prefix, task, newline, needle, newline, question)))
-    filler = length - fixed
-    if filler < 0:
-        raise InputError(
-            f"length is {length} tokens, but the passkey text alone takes {fixed} "
-            f"in this tokenizer; ask for at least {fixed}"
-        )
+    texts = _Encoded.of(tokenizer, quiz or Quiz(NEEDLE.format(key=key)))
+    texts.check(length)
+    filler = length - texts.fixed
     before = round(depth * filler)
-    needle_start = len(prefix) + len(task) + before + len(newline)
-    ids = torch.cat(
-        [
-            prefix,
-            task,
-            haystack.run(phase, before),
-            newline,
-            needle,
-            newline,
-            haystack.run(phase + before, filler - before),
-            question,
-        ]
-    )
-    return Prompt(ids, key, needle_start, needle_start + len(needle))
+    # In order of place; at the same place decoys come first, so that a needle which overrules them is later.
+    offsets = [decoy.offset(before, filler) for decoy in texts.quiz.decoys] + [before]
+    order = sorted(range(len(offsets)), key=offsets.__getitem__)
+
+    pieces, at, done, spans = [texts.head], len(texts.head), 0, {}
+    for i in order:
+        pieces += [haystack.run(phase + done, offsets[i] - done), texts.newline]
+        start = at + offsets[i] - done + len(texts.newline)
+        spans[i] = (start, start + len(texts.statements[i]))
+        pieces += [texts.statements[i], texts.newline]
+        at, done = spans[i][1] + len(texts.newline), offsets[i]
+    pieces += [haystack.run(phase + done, filler - done), texts.question]
+    decoys = tuple(spans[i] for i in range(len(offsets) - 1))
+    return Prompt(torch.cat(pieces), key, *spans[len(offsets) - 1], decoys)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"haystack file {path} does not exist; give a UTF-8 text file") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"haystack {path} is not a UTF-8 text file: {error}") from None
-    if not text.strip():
-        raise InputError(f"haystack file {path} holds no text; give a UTF-8 text file")
-    return text
+def check_length(tokenizer, length: int, quiz: Quiz) -> None:
+    """Refuses a length that cannot hold a quiz.
+
+    Raises:
+        InputError: naming the shortest that can.
+    """
+    _Encoded.of(tokenizer, quiz).check(length)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A quiz in tokens; the needle is the last of the statements."""
+
+    quiz: Quiz
+    head: torch.Tensor
+    newline: torch.Tensor
+    statements: list[torch.Tensor]
+    question: torch.Tensor
+
+    @classmethod
+    def of(cls, tokenizer, quiz: Quiz) -> _Encoded:
+        def encode(text: str) -> torch.Tensor:
+            return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+
+        prefix = torch.tensor(getattr(tokenizer, "prefix_ids", []), dtype=torch.int64)
+        statements = [encode(text) for text in (*(decoy.text for decoy in quiz.decoys), quiz.needle)]
+        return cls(
+            quiz,
+            torch.cat([prefix, encode(quiz.task + "\n")]),
+            encode("\n"),
+            statements,
+            encode("\n" + quiz.question),
+        )
+
+    @property
+    def fixed(self) -> int:
+        """Tokens of all that is not filler."""
+        said = sum(len(statement) + 2 * len(self.newline) for statement in self.statements)
+        return len(self.head) + said + len(self.question)
+
+    def check(self, length: int) -> None:
+        if length < self.fixed:
+            raise InputError(
+                f"length is {length} tokens, but the passkey text alone takes {self.fixed} "
+                f"in this tokenizer; ask for at least {self.fixed}"
+            )

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-
-from infini.errors import InputError
+import torch
 from infini.tasks.passkey.keys import draw_keys
-from infini.tasks.passkey.prompt import FILLER, NEEDLE, QUESTION, TASK
+from infini.tasks.passkey.needles import NEEDLES, NeedleKind, Quiz, needle_kind
+from infini.tasks.passkey.row import Row, answer_size, asked_size, head_of, question_size, statement_of
+from infini.tasks.recall.text import FILLER_BYTES
 from infini.tasks.recall.training import RecallTraining
-from infini.tasks.rows import RowSource
+from infini.tasks.rows import RowSource, run_of
 
-DIGITS = 5
-_KEY = "0" * DIGITS
-_HEAD = (TASK + "\n").encode()
-_NEEDLE_SIZE = len("\n" + NEEDLE.format(key=_KEY) + "\n")
-_QUESTION = ("\n" + QUESTION).encode()
-_ANSWER_SIZE = 1 + DIGITS  # a space and the digits
-_AFTER = b".\n"  # an answered question ends like every other sentence
-_ASKED_SIZE = len(_QUESTION) + _ANSWER_SIZE + len(_AFTER)
-SHORTEST_PROMPT = len(_HEAD) + _NEEDLE_SIZE + len(_QUESTION)
+from infini.data.batch import Batch, Gap
+from infini.errors import InputError
+
+_PASSKEY = NEEDLES["passkey"]
+_GAPS = 1  # the stream of randomness that gaps are drawn from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +35,11 @@ class PasskeyTraining(RowSource):
     ends exactly on a segment border, where the benchmark's round lengths put it (its answer is then
     written into a new segment). Keys of the benchmark never occur.
 
+    Long gap: in ``gap_share`` of the batches after ``gap_after`` of training all rows are passkey rows
+    with the needle before one segment border and all questions after it, and at that border stand
+    ``k`` segments of the rows' own filler, ``k`` log-uniform. The other batches are those of a run
+    without gaps.
+
     Attributes:
         recall_share_start: share of recall rows at the first step.
         recall_share_end: share of recall rows from ``recall_fall`` on.
@@ -47,6 +50,14 @@ class PasskeyTraining(RowSource):
         border_share: share of passkey rows whose last prompt ends on a segment border.
         recall_pools: see :class:`RecallTraining`.
         recall_longest_gaps: see :class:`RecallTraining`.
+        needle_shares: share of passkey rows with a needle of another kind, by its name; the rest are
+            passkeys, and so is a row that is too short for its kind.
+        gap_share: share of batches with a long gap.
+        gap_after: share of training before the first gap.
+        gap_growth: share of training, from there on, over which the longest gap grows geometrically
+            from 1 segment to ``max_gap_segments``.
+        max_gap_segments: the longest gap.
+        gap_tokens_per_batch: upper limit of ``rows * k * n`` where one row fits: a long gap has few rows.
 
     Example:
         >>> source = PasskeyTraining(steps=100, recall_share_start=0.0, recall_share_end=0.0)
@@ -66,6 +77,12 @@ class PasskeyTraining(RowSource):
     border_share: float = 0.25
     recall_pools: tuple[int, ...] = (1, 2, 4, 8, 16)
     recall_longest_gaps: tuple[int, ...] = (0, 32, 128, 512)
+    needle_shares: Mapping[str, float] = field(default_factory=dict)
+    gap_share: float = 0.0
+    gap_after: float = 1 / 3
+    gap_growth: float = 1 / 3
+    max_gap_segments: int = 1024
+    gap_tokens_per_batch: int = 2**20
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,88 +93,225 @@ class PasskeyTraining(RowSource):
             "dense_question_share",
             "near_share",
             "border_share",
+            "gap_share",
+            "gap_after",
+            "gap_growth",
         ):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
+        for name in ("max_gap_segments", "gap_tokens_per_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self._check_needles()
         shortest = self.min_segments * self.segment_length
-        if shortest + 1 < SHORTEST_PROMPT + _ANSWER_SIZE:
+        if shortest < _SHORTEST_ROW:
             raise InputError(
                 f"min_segments {self.min_segments} of segment_length {self.segment_length} are "
-                f"{shortest} bytes, but a passkey row takes {SHORTEST_PROMPT + _ANSWER_SIZE - 1}; "
+                f"{shortest} bytes, but a passkey row takes {_SHORTEST_ROW}; "
                 "raise min_segments"
+            )
+        if self.gap_share > 0 and self.max_segments < sum(self._around_gap()):
+            raise InputError(
+                f"max_segments is {self.max_segments}, but with a gap a passkey row takes "
+                f"{sum(self._around_gap())} segments of {self.segment_length}; raise max_segments"
             )
         # Built once: it checks its own settings, and write_row calls it for most rows.
         recall = RecallTraining(
             steps=self.steps, pools=self.recall_pools, longest_gaps=self.recall_longest_gaps
         )
         object.__setattr__(self, "_recall", recall)
+        fillers = {name: np.frombuffer(kind.filler.encode(), np.uint8) for name, kind in NEEDLES.items()}
+        object.__setattr__(self, "_fillers", fillers)
+
+    def _check_needles(self) -> None:
+        for name, share in self.needle_shares.items():
+            if not needle_kind(name).trained:
+                raise InputError(f"needle {name} is for measurement only; leave it out of needle_shares")
+            if share < 0:
+                raise InputError(f"the needle share of {name} is {share}; it must not be negative")
+        if sum(self.needle_shares.values()) > 1 + 1e-9:
+            raise InputError(
+                f"needle_shares are {dict(self.needle_shares)}, more than 1 in all; "
+                "they are shares of the passkey rows"
+            )
 
     def recall_share(self, progress: float) -> float:
         """The share of recall rows when ``progress`` (0..1) of training is done."""
         fallen = 1.0 if self.recall_fall == 0 else min(1.0, progress / self.recall_fall)
         return self.recall_share_start + fallen * (self.recall_share_end - self.recall_share_start)
 
+    def longest_gap(self, progress: float) -> int:
+        """The most segments that a gap can have when ``progress`` (0..1) of training is done."""
+        after = progress - self.gap_after
+        grown = 1.0 if self.gap_growth == 0 else min(1.0, max(0.0, after) / self.gap_growth)
+        return round(self.max_gap_segments**grown)
+
+    def __getitem__(self, step: int) -> Batch:
+        # Drawn apart, so that the batches without a gap are those of a run without gaps.
+        random, progress = self.random(step, _GAPS), step / self.steps
+        if progress < self.gap_after or random.random() >= self.gap_share:
+            return super().__getitem__(step)
+        return self._gap_batch(random, step)
+
     def write_row(self, random, progress, tokens, answer) -> None:
         if random.random() < self.recall_share(progress):
-            self._recall.write_row(random, progress, tokens, answer)
+            self._recall.write_recall(random, tokens, answer, self.draw_filler(random, FILLER_BYTES))
         else:
             self._write_passkey(random, tokens, answer)
 
     def _write_passkey(self, random, tokens, answer) -> None:
-        key = b"%d" % draw_keys(random, 1, DIGITS, held_out=False)[0]
-        prompt = self._prompt_length(random, len(tokens))
-        filler = prompt - SHORTEST_PROMPT
-        row = _Row(tokens, answer, phase=int(random.integers(_PERIOD)))
+        name, key, quiz = self._draw_quiz(random)
+        if len(tokens) < _fixed_size(quiz) + answer_size(key):
+            name, key, quiz = "passkey", *_draw(random, _PASSKEY)
+        prompt = self._prompt_length(random, len(tokens), _fixed_size(quiz), answer_size(key))
+        filler = prompt - _fixed_size(quiz)
+        row = self._start_row(random, tokens, answer, name, key, quiz)
 
         before = int(random.integers(filler, endpoint=True))
         if random.random() < self.near_share:
             before = filler - int(random.integers(min(filler, self.segment_length), endpoint=True))
-        row.text(_HEAD)
-        row.filler(before)
-        row.text(("\n" + NEEDLE.format(key=key.decode()) + "\n").encode())
-        left = filler - before
+        asked = self._dense_questions(random, filler - before, asked_size(quiz, key))
+        filler -= len(asked) * asked_size(quiz, key)
+        row.text(head_of(quiz))
+        decoys = [(decoy.offset(before, filler), statement_of(decoy.text)) for decoy in quiz.decoys]
+        questions = [(before + place, None) for place in asked]
+        row.stretch(filler, [*decoys, (before, statement_of(quiz.needle)), *questions])
+        row.ask()
+        row.fill(len(tokens) - row.at)
+
+    def _gap_batch(self, random, step: int) -> Batch:
+        n, (head, tail) = self.segment_length, self._around_gap()
+        low = max(self.min_segments, head + tail)
+        segments = int(random.integers(low, max(low, self.top(step)), endpoint=True))
+        position = int(random.integers(head, segments - tail, endpoint=True))
+        # Floor of a log-uniform number below longest + 1.
+        gap = int((self.longest_gap(step / self.steps) + 1) ** random.random())
+
+        rows = max(1, min(self.tokens_per_batch // (segments * n), self.gap_tokens_per_batch // (gap * n)))
+        tokens = np.empty((rows, segments * n + 1), np.uint8)
+        answer = np.zeros(tokens.shape, bool)
+        fillers = [
+            self._write_around_gap(random, tokens[row], answer[row], position * n, gap * n)
+            for row in range(rows)
+        ]
+        # One period for all rows: their own where it is the same, else the whole gap.
+        periods = {len(filler) for filler, _ in fillers}
+        period = min(gap * n, *periods) if len(periods) == 1 else gap * n
+        gap_filler = np.stack([run_of(filler, phase, period) for filler, phase in fillers])
+        return Batch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(answer),
+            segments,
+            Gap(position, gap, torch.from_numpy(gap_filler)),
+        )
+
+    def _write_around_gap(
+        self, random, tokens, answer, border: int, gap: int
+    ) -> tuple[np.ndarray, int]:
+        """Writes a row with its needle before byte ``border`` and its questions after it.
+
+        Returns:
+            The row's filler, and where in it the gap of ``gap`` bytes begins.
+        """
+        name, key, quiz = self._draw_quiz(random)
+        share = border / len(tokens)
+        sizes = _sizes_around(quiz, share)
+        if border < sizes[0] or len(tokens) - border < sizes[1] + answer_size(key):
+            name, key, quiz = "passkey", *_draw(random, _PASSKEY)
+            sizes = _sizes_around(quiz, share)
+        prompt = self._prompt_length(random, len(tokens), border + sizes[1], answer_size(key))
+        row = self._start_row(random, tokens, answer, name, key, quiz)
+
+        filler = border - sizes[0]
+        before = int(random.integers(filler, endpoint=True))
+        decoys = [
+            (decoy.offset(before, filler) if decoy.before else round(decoy.place / share * filler), text)
+            for decoy, text in _decoys(quiz, share, after=False)
+        ]
+        row.text(head_of(quiz))
+        row.stretch(filler, [*decoys, (before, statement_of(quiz.needle))])
+
+        phase = row.phase
+        row.phase += gap
+        filler = prompt - border - sizes[1]
+        asked = self._dense_questions(random, filler, asked_size(quiz, key))
+        filler -= len(asked) * asked_size(quiz, key)
+        decoys = [
+            (round((decoy.place - share) / (1 - share) * filler), text)
+            for decoy, text in _decoys(quiz, share, after=True)
+        ]
+        row.stretch(filler, [*decoys, *((place, None) for place in asked)])
+        row.ask()
+        row.fill(len(tokens) - row.at)
+        return row.filler, phase
+
+    def _around_gap(self) -> tuple[int, int]:
+        """The fewest segments before and after a gap that hold a passkey and its question."""
+        before, after = _sizes_around(_SHORTEST, 1.0)
+        # One more byte than segments: the last byte is predicted and never read.
+        needed = before, after + answer_size(_SHORTEST_KEY) - 1
+        return tuple(-(-size // self.segment_length) for size in needed)
+
+    def _draw_quiz(self, random) -> tuple[str, int, Quiz]:
+        name = "passkey"
+        # Without other kinds nothing is drawn, so that rows are what they were before there were any.
+        if any(self.needle_shares.values()):
+            left = random.random()
+            for other, share in self.needle_shares.items():
+                if 0 <= left < share:
+                    name = other
+                left -= share
+        return name, *_draw(random, NEEDLES[name])
+
+    def _start_row(self, random, tokens, answer, name, key, quiz) -> Row:
+        filler = self.draw_filler(random, self._fillers[name])
+        return Row(tokens, answer, quiz, key, filler, phase=int(random.integers(len(filler))))
+
+    def _dense_questions(self, random, left: int, size: int) -> list[int]:
+        """Places, in bytes of filler, of the questions before the last one."""
+        places, place = [], 0
         if random.random() < self.dense_question_share:
             half = self.segment_length // 2
-            while (gap := int(random.integers(half, 4 * half, endpoint=True))) + _ASKED_SIZE < left:
-                row.filler(gap)
-                row.ask(key)
-                left -= gap + _ASKED_SIZE
-        row.filler(left)
-        row.ask(key)
-        row.filler(len(tokens) - row.at)
+            while (gap := int(random.integers(half, 4 * half, endpoint=True))) + size < left:
+                place += gap
+                places.append(place)
+                left -= gap + size
+        return places
 
-    def _prompt_length(self, random, row_length: int) -> int:
+    def _prompt_length(self, random, row_length: int, shortest: int, answer: int) -> int:
         """Where the last question ends: in the last segment, the answer's digits still inside."""
         border = row_length - 1 - self.segment_length
-        if border >= SHORTEST_PROMPT and random.random() < self.border_share:
+        if border >= shortest and random.random() < self.border_share:
             return border
-        shortest = max(border, SHORTEST_PROMPT)
-        return int(random.integers(shortest, row_length - _ANSWER_SIZE, endpoint=True))
+        return int(random.integers(max(border, shortest), row_length - answer, endpoint=True))
 
 
-_PERIOD = len(FILLER)
-_FILLER = np.frombuffer(FILLER.encode(), np.uint8)
+def _draw(random, kind: NeedleKind) -> tuple[int, Quiz]:
+    key = int(draw_keys(random, 1, kind.digits, held_out=False)[0])
+    return key, kind.draw(random, key, False)
 
 
-class _Row:
-    """A row being written from left to right; the filler goes on where it was interrupted."""
+def _decoys(quiz: Quiz, share: float, after: bool):
+    """The decoys before, or after, a border at ``share`` of the row, and their texts."""
+    for decoy in quiz.decoys:
+        if (not decoy.before and decoy.place >= share) == after:
+            yield decoy, statement_of(decoy.text)
 
-    def __init__(self, tokens: np.ndarray, answer: np.ndarray, phase: int):
-        self.tokens, self.answer, self.phase, self.at = tokens, answer, phase, 0
-        self._lap = np.tile(_FILLER, len(tokens) // _PERIOD + 2)
 
-    def text(self, text: bytes) -> None:
-        # The row's end may cut what follows the last answer.
-        text = text[: len(self.tokens) - self.at]
-        self.tokens[self.at : self.at + len(text)] = np.frombuffer(text, np.uint8)
-        self.at += len(text)
+def _sizes_around(quiz: Quiz, share: float) -> tuple[int, int]:
+    """Bytes that are not filler before and after the border, without the answer."""
+    before, after = (
+        sum(len(text) for _, text in _decoys(quiz, share, after)) for after in (False, True)
+    )
+    before += len(head_of(quiz)) + len(statement_of(quiz.needle))
+    return before, after + question_size(quiz)
 
-    def filler(self, count: int) -> None:
-        self.tokens[self.at : self.at + count] = self._lap[self.phase : self.phase + count]
-        self.phase = (self.phase + count) % _PERIOD
-        self.at += count
 
-    def ask(self, key: bytes) -> None:
-        self.text(_QUESTION + b" " + key)
-        self.answer[self.at - DIGITS : self.at] = True
-        self.text(_AFTER)
+def _fixed_size(quiz: Quiz) -> int:
+    """Bytes of a prompt that are not filler."""
+    return sum(_sizes_around(quiz, 1.0))
+
+
+_SHORTEST_KEY = 10 ** (_PASSKEY.digits - 1)
+_SHORTEST = _PASSKEY.draw(np.random.default_rng(0), _SHORTEST_KEY, False)
+_SHORTEST_ROW = _fixed_size(_SHORTEST) + answer_size(_SHORTEST_KEY) - 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-
-from infini.errors import InputError
 from infini.tasks.recall.text import write_recall
 from infini.tasks.recall.training import check_recall
+
+from infini.errors import InputError
 
 
 @torch.no_grad()

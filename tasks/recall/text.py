@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
 from infini.tasks.passkey.keys import draw_keys
-from infini.tasks.passkey.prompt import FILLER
+from infini.tasks.passkey.needles import FILLER
+from infini.tasks.rows import run_of
 
 DIGITS = 5
 NAMES = np.array(
@@ -13,9 +13,29 @@ NAMES = np.array(
 )  # AA..ZZ as bytes [676, 2]
 
 _STATEMENT = np.frombuffer(b"\nKey of ?? is 00000.", np.uint8)
-_NAME, _KEY = 8, 14  # where the name and the digits stand in it
+_NAME, KEY = 8, 14  # where the name and the digits stand in it
 _POWERS = 10 ** np.arange(DIGITS - 1, -1, -1)
-_FILLER = np.frombuffer(FILLER.encode(), np.uint8)
+FILLER_BYTES = np.frombuffer(FILLER.encode(), np.uint8)
+
+
+def statements_of(names: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The statements that give each name its key.
+
+    Args:
+        names: uint8 ``[pairs, 2]``, two capital letters each.
+        keys: int64 ``[pairs]``, of five digits.
+
+    Returns:
+        uint8 ``[pairs, 20]``; the digits begin at column ``KEY``.
+
+    Example:
+        >>> statements_of(NAMES[:1], np.array([48213])).tobytes()
+        b'\\nKey of AA is 48213.'
+    """
+    statements = np.tile(_STATEMENT, (len(keys), 1))
+    statements[:, _NAME : _NAME + 2] = names
+    statements[:, KEY : KEY + DIGITS] = 48 + keys[:, None] // _POWERS % 10
+    return statements
 
 
 def write_recall(
@@ -25,6 +45,7 @@ def write_recall(
     pool: int,
     longest_gap: int,
     held_out: bool = False,
+    filler: np.ndarray = FILLER_BYTES,
 ) -> np.ndarray:
     """Fills a row with statements about ``pool`` names, filler of random length between them.
 
@@ -42,6 +63,7 @@ def write_recall(
         pool: number of names, 1..676.
         longest_gap: filler between two statements is uniform in ``0..longest_gap`` bytes.
         held_out: draw the keys that training never sees.
+        filler: uint8 ``[period]``; begun at a random byte.
 
     Returns:
         int64 ``[length]``: at an answer, how many bytes before the same digit was last said; else 0.
@@ -62,21 +84,18 @@ def write_recall(
     who = random.integers(0, pool, len(starts))
     names = NAMES[random.permutation(len(NAMES))[:pool]]
     keys = draw_keys(random, pool, DIGITS, held_out)
-    statements = np.tile(_STATEMENT, (pool, 1))
-    statements[:, _NAME : _NAME + 2] = names
-    statements[:, _KEY : _KEY + DIGITS] = 48 + keys[:, None] // _POWERS % 10
+    statements = statements_of(names, keys)
 
     # Grouped by name with time kept, so that each mention's neighbor is the mention before it.
     order = np.argsort(who, kind="stable")
     back = np.zeros(len(starts), np.int64)
     back[order[1:]] = np.where(np.diff(who[order]) == 0, np.diff(starts[order]), 0)
 
-    phase = int(random.integers(len(_FILLER)))
-    text = np.resize(np.roll(_FILLER, -phase), length + size)
+    text = run_of(filler, int(random.integers(len(filler))), length + size).copy()
     where = starts[:, None] + np.arange(size)
     text[where] = statements[who]
     distance = np.zeros(length + size, np.int64)
-    distance[where[:, _KEY : _KEY + DIGITS]] = back[:, None]
+    distance[where[:, KEY : KEY + DIGITS]] = back[:, None]
 
     tokens[:] = text[:length]
     answer[:] = distance[:length] > 0

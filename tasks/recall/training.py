@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from infini.tasks.recall.text import FILLER_BYTES, NAMES, write_recall
+from infini.tasks.rows import RowSource
 
 from infini.errors import InputError
-from infini.tasks.recall.text import NAMES, write_recall
-from infini.tasks.rows import RowSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,12 @@ class RecallTraining(RowSource):
         check_recall(self.pools, self.longest_gaps)
 
     def write_row(self, random, progress, tokens, answer) -> None:
+        self.write_recall(random, tokens, answer, self.draw_filler(random, FILLER_BYTES))
+
+    def write_recall(self, random, tokens, answer, filler: np.ndarray) -> None:
+        """Writes one row with this filler, uint8 ``[period]``."""
         pool, longest_gap = random.choice(self.pools), random.choice(self.longest_gaps)
-        write_recall(random, tokens, answer, int(pool), int(longest_gap))
+        write_recall(random, tokens, answer, int(pool), int(longest_gap), filler=filler)
 
 
 def check_recall(pools: tuple[int, ...], longest_gaps: tuple[int, ...]) -> None:

@@ -2,11 +2,11 @@ import sys
 
 import pytest
 import torch
+from infini.tasks.passkey.benchmark import PasskeyBenchmark, run
 
 from infini.errors import InputError
 from infini.hf.causal_lm import HuggingFaceCausalLM, load_causal_lm
 from infini.session import StreamingSession
-from infini.tasks.passkey.benchmark import PasskeyBenchmark, run
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-
-from infini import InfiniConfig, InfiniTransformer
-from infini.errors import InputError
 from infini.tasks.passkey.benchmark import PasskeyBenchmark, run
 from infini.tasks.passkey.keys import is_held_out
 from infini.tasks.passkey.score import first_integer, right_digits, wilson_interval
+
+from infini import InfiniConfig, InfiniTransformer
+from infini.errors import InputError
 
 SMALL = dict(lengths=(300, 500), depths=(0.0, 0.5, 1.0), samples=3, piece=100)
 

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-
+from infini.tasks.passkey import benchmark
 from infini.tasks.passkey.benchmark import PasskeyBenchmark, run
 from infini.tasks.passkey.training import PasskeyTraining
 from infini.tasks.recall.training import RecallTraining
@@ -15,8 +15,6 @@ def sha256(tensor):
 
 
 def test_the_default_benchmark_reads_the_same_bytes(oracle, tokenizer, tmp_path, monkeypatch):
-    from infini.tasks.passkey import benchmark
-
     asked, original = [], benchmark._feed
     monkeypatch.setattr(
         benchmark,
@@ -25,8 +23,12 @@ def test_the_default_benchmark_reads_the_same_bytes(oracle, tokenizer, tmp_path,
     )
     run(oracle(), tokenizer, PasskeyBenchmark(lengths=(4096,), depths=(0.25, 1.0), samples=2), tmp_path)
     assert [(prompt.key, prompt.needle_start) for prompt in asked] == [
-        (46057, 1112)
-    assert sha256(torch.stack([prompt.ids for prompt in asked])) == ""
+        (46057, 1112),
+        (72977, 1112),
+        (41950, 3999),
+        (22543, 3999),
+    ]
+    assert sha256(torch.stack([prompt.ids for prompt in asked])) == "6f11b4a671a04def"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+from infini.tasks.passkey.keys import draw_keys, is_held_out
 
 from infini.errors import InputError
-from infini.tasks.passkey.keys import draw_keys, is_held_out
 
 
 def test_the_split_is_the_same_for_ever():

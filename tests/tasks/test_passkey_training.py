@@ -5,11 +5,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from infini.tasks.passkey.keys import is_held_out
+from infini.tasks.passkey.needles import FILLER, NEEDLE, QUESTION, TASK
+from infini.tasks.passkey.training import PasskeyTraining
 
 from infini.errors import InputError
-from infini.tasks.passkey.keys import is_held_out
-from infini.tasks.passkey.prompt import FILLER, NEEDLE, QUESTION, TASK
-from infini.tasks.passkey.training import PasskeyTraining
 
 ONLY_PASSKEY = dict(recall_share_start=0.0, recall_share_end=0.0)
 

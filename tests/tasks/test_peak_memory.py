@@ -1,9 +1,9 @@
 import pytest
 import torch
-
-from infini.errors import InputError
 from infini.tasks import peak_memory
 from infini.tasks.peak_memory import peak_bytes, start_peak
+
+from infini.errors import InputError
 
 CPU, MIB = torch.device("cpu"), 2**20
 

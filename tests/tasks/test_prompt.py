@@ -1,7 +1,8 @@
 import pytest
+from infini.tasks.passkey.needles import FILLER, QUESTION, TASK
+from infini.tasks.passkey.prompt import Haystack, build_prompt
 
 from infini.errors import InputError
-from infini.tasks.passkey.prompt import FILLER, QUESTION, TASK, Haystack, build_prompt
 
 NEEDLE = "The pass key is 54321. Remember it. 54321 is the pass key."
 

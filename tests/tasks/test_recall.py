@@ -4,12 +4,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-from infini.errors import InputError
 from infini.tasks.passkey.keys import is_held_out
 from infini.tasks.recall.evaluate import evaluate
 from infini.tasks.recall.text import write_recall
 from infini.tasks.recall.training import RecallTraining
+
+from infini.errors import InputError
 
 
 def row(length, pool, longest_gap, seed=0, held_out=False):

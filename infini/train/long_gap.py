@@ -1,0 +1,111 @@
+"""Long gap: learn to answer across a text that is far too long to back-propagate through.
+
+The text before the gap and the questions behind it are read with gradient; the gap, filler of up to thousands of segments,
+is read without. So the questions meet the states of long texts for the price of a forward pass. The gradient crosses the
+gap where it is sure to be right and cheap: along what the memory of each layer still holds of the text before. Over the
+whole gap that is one affine map,
+
+    M_after = A M + B,    A = A_k ... A_2 A_1    (identity for ``linear``),
+
+and the state goes on with the values of the gap's end and the gradient of the map alone (sg: no gradient through it):
+
+    M' = sg(A) M + sg(M_after - A M),    z' = z + sg(z_after - z).
+
+What is left out: that the text before also changes what the filler's tokens compute, and through z the map itself.
+Recent keys, values and counters are those of the gap's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from infini.data.batch import Batch
+from infini.errors import InputError
+from infini.memory import MemoryState
+from infini.state import InfiniState
+from infini.train.loss import LossSums, loss_of_span
+
+
+class Crossing(NamedTuple):
+    """A gap that was read: the state at its end, and A `[rows, kv_heads, k, k]` per layer (None: identity or no memory)."""
+
+    end: InfiniState
+    maps: tuple[torch.Tensor | None, ...]
+
+
+def gap_loss_of(model: Callable, batch: Batch) -> LossSums:
+    """:func:`infini.train.loss.loss_of` for a batch with a gap.
+
+    The value is that of all tokens read in one text; the gradient ends at the gap but for each memory's direct path.
+
+    Args:
+        model: called as ``model(tokens)``, ``model(tokens, state)`` and
+            ``model(tokens, state, keep="none", maps=...)``, see :class:`infini.InfiniTransformer`.
+        batch: on the model's device, with a gap.
+
+    Raises:
+        InputError: the gap does not stand on a segment border of the model, or the model has no such state.
+    """
+    border = batch.gap.position * batch.segment_length
+    before, state = loss_of_span(model, batch, 0, border)
+    state = carry_on(state, cross(model, batch, state))
+    after, _ = loss_of_span(model, batch, border, batch.tokens.shape[1] - 1, state)
+    return before.plus(after)
+
+
+@torch.no_grad()
+def cross(model: Callable, batch: Batch, state: InfiniState) -> Crossing:
+    """Read the batch's gap after ``state`` without gradient, at most as many tokens at a time as the batch itself has.
+
+    Memory does not depend on the gap's length: its pieces are made when they are read, and of a piece only the
+    state and A stay.
+    """
+    if not isinstance(state, InfiniState):
+        raise InputError(
+            f"a batch has a long gap, but the model carries a {type(state).__name__} and not an InfiniState: "
+            "use an InfiniTransformer or a task without gaps"
+        )
+    n, border = batch.segment_length, batch.gap.position * batch.segment_length
+    if bool(state.open_length.any()):
+        raise InputError(
+            f"the gap stands before token {border}, {int(state.open_length.max())} tokens into a segment of the model; "
+            f"it must stand on a segment border: give the task (now {n}) and the model the same segment_length"
+        )
+    product = None
+    length, most = batch.gap.segments * n, batch.segments * n
+    for start in range(0, length, most):
+        maps: dict = {}
+        piece = batch.gap.piece(start, min(start + most, length))
+        _, state = model(piece, state, keep="none", maps=maps)
+        layers = maps["layers"]
+        product = layers if product is None else [_then(*pair) for pair in zip(product, layers, strict=True)]
+    return Crossing(state, tuple(product))
+
+
+def carry_on(state: InfiniState, crossing: Crossing) -> InfiniState:
+    """The state at the gap's end, with the gradient of the direct path to ``state``, the one before the gap."""
+    layers = tuple(
+        end if end.memory is None else replace(end, memory=_carried(layer.memory, end.memory, carried))
+        for layer, end, carried in zip(state.layers, crossing.end.layers, crossing.maps, strict=True)
+    )
+    return replace(crossing.end, layers=layers)
+
+
+def _carried(memory: MemoryState, end: MemoryState, carried: torch.Tensor | None) -> MemoryState:
+    matrix = memory.matrix if carried is None else carried @ memory.matrix
+    normalizer = None if end.normalizer is None else _with_gradient_of(end.normalizer, memory.normalizer)
+    return MemoryState(_with_gradient_of(end.matrix, matrix), normalizer)
+
+
+def _with_gradient_of(value: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+    """``path + sg(value - path)``, written so that not one bit of ``value`` is lost in the difference."""
+    return value + (path - path.detach())
+
+
+def _then(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    """The map of two pieces in a row; None is the identity."""
+    return second if first is None else first if second is None else second @ first
