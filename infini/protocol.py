@@ -1,5 +1,6 @@
 """What training, sessions, tasks and baselines know of a model."""
 
+import os
 from typing import Any, Protocol, Self
 
 import torch
@@ -38,3 +39,19 @@ class SegmentModel(Protocol):
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> Any: ...
 
     def state_bytes(self, tokens: int, batch_size: int = 1) -> int: ...
+
+
+class TrainableModel(SegmentModel, Protocol):
+    """A `SegmentModel` that `infini.train` can train: also a `torch.nn.Module`, called with these keywords too.
+
+    `memory=False` silences every memory, for the knock-out; `trace` receives the statistics of telemetry. `maps`, asked for
+    with batches that have a long gap only, is described in `InfiniTransformer.forward`.
+    """
+
+    def parameter_groups(self) -> dict[str, list[str]]: ...
+
+    def enable_recompute(self, on: bool = True) -> None: ...
+
+    def enable_compile(self) -> None: ...
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None: ...

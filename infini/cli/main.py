@@ -17,6 +17,8 @@ REMEDIES = {
     errno.EDQUOT: "free some space, or name an output folder on another disk",
     errno.EACCES: "name a file or folder that you may use",
     errno.EROFS: "name an output folder that can be written",
+    errno.ENOENT: "name a folder that can be made",
+    errno.ENOTDIR: "name a folder, not a file",
 }
 INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
 

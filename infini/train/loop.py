@@ -48,9 +48,7 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
     its result. On CPU the resumed run equals the uninterrupted one bit for bit.
 
     Args:
-        model: a :class:`~infini.protocol.SegmentModel` that is a module with ``parameter_groups``,
-            ``save_pretrained``, ``enable_recompute``, ``enable_compile`` and the keywords ``memory`` and ``trace``.
-            It is moved to the device and trained in place.
+        model: a :class:`~infini.protocol.TrainableModel`; moved to the device and trained in place.
         source: random access to batches, see :mod:`infini.data.loader`.
         settings: see :class:`TrainSettings`.
         output: folder of this run.
