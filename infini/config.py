@@ -16,7 +16,7 @@ class InfiniConfig:
     """Shape and rules of an `InfiniTransformer`; immutable, checked at construction.
 
     The defaults are the published layer in a small model. `InfiniConfig.paper(...)` and `InfiniConfig.long(...)` are the
-    two presets: exactly arXiv:2404.07143, and the one that keeps a needle for a million tokens.
+    two presets: exactly arXiv:2404.07143, and that of the shipped model.
 
     Raises:
         InputError: a value is out of its range or two values contradict each other.
@@ -130,7 +130,7 @@ class InfiniConfig:
 
     @classmethod
     def long(cls, **changes: Any) -> Self:
-        """What lasts: normalised queries and keys, a write gate that keeps filler out, local attention across borders."""
+        """The shipped model's: normalised memory queries and keys, a write gate, local attention across borders."""
         rule = {"update_rule": "linear", "qk_norm": True, "write_gate": True, "local_attention": "sliding"}
         return cls(**rule | changes)
 

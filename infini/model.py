@@ -246,8 +246,8 @@ class InfiniTransformer(nn.Module):
     def parameter_groups(self) -> dict[str, list[str]]:
         """Parameter names by how they are trained.
 
-        `decay`: matrices. `no_decay`: norms. `memory`: gates, write gates, memory scales and biases, which need a learning
-        rate of their own: at a matrix's rate a gate moves by 0.03 in a whole run.
+        `decay`: matrices. `no_decay`: norms. `memory`: gates, write gates, memory scales and biases, which have a learning
+        rate of their own: published attempts at a matrix's rate report gates that hardly leave their start.
         """
         groups: dict[str, list[str]] = {"decay": [], "no_decay": [], "memory": []}
         own = ("beta", "write_gate", "query_scale", "query_bias", "key_scale", "key_bias", "read_norm")

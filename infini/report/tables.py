@@ -63,6 +63,8 @@ def caption(record: Mapping[str, Any]) -> str:
     commit = source["commit"][:12] if source["commit"] else f"unknown, {source['why']}"
     if source["dirty"]:
         commit += " with uncommitted changes"
+    elif source["commit"] and source["dirty"] is None:
+        commit += " (stated, not checked)"  # a copy of the tree without its history
     gpus = [gpu["name"] for gpu in machine["gpus"]]
     hardware = ", ".join([f"{machine['cores']} cores of {machine['cpu']}", *gpus])
     seeds = ", ".join(f"{name} {seed}" for name, seed in record["seeds"].items())

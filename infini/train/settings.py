@@ -21,7 +21,7 @@ class TrainSettings:
         steps: optimizer steps.
         learning_rate: peak rate of matrices, norms and embeddings.
         memory_learning_rate_scale: the memory's own parameters (gate logits, write gates, scales)
-            learn this many times faster: at the common rate a gate hardly moves in a whole run.
+            learn this many times faster, because a gate at the common rate may hardly leave its start.
         weight_decay: AdamW decay of the matrices; nothing else decays.
         betas: AdamW moment decays.
         warmup_steps: steps of linear warm-up; the cosine spans the rest.

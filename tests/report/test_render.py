@@ -14,7 +14,7 @@ from infini.errors import InputError
 from infini.report.plots import passkey_heat_map
 from infini.report.record import write_record
 from infini.report.render import render
-from infini.report.tables import passkey_table, train_table
+from infini.report.tables import caption, passkey_table, train_table
 
 PROVENANCE = {
     "schema": 1,
@@ -117,3 +117,10 @@ def test_a_record_that_cannot_be_rendered_is_named(change, sentence, record, tmp
     with pytest.raises(InputError, match=sentence):
         render(path)
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("dirty, words", [(None, "abc (stated, not checked)"), (False, "commit: abc\n"), (True, "abc with uncommitted changes")])
+def test_a_commit_that_was_only_stated_is_not_shown_as_checked(dirty, words):
+    machine = {"cores": 1, "cpu": "a", "gpus": []}
+    record = {"command": "c", "source": {"commit": "abc", "dirty": dirty}, "machine": machine, "seeds": {}, "versions": {}}
+    assert words in caption(record | {"started": "now", "seconds": 1})
