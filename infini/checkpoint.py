@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from infini.config import InfiniConfig
 from infini.errors import InputError
+from infini.tensor_file import write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT = "infini-1"
@@ -45,12 +46,7 @@ def write(folder: str | os.PathLike, config: InfiniConfig, weights: dict[str, Te
     part = folder / (CONFIG_FILE + ".part")
     part.write_text(json.dumps(fields, indent=2) + "\n")
     os.replace(part, folder / CONFIG_FILE)
-    part = folder / (WEIGHTS_FILE + ".part")
-    try:
-        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, part, {"format": "pt"})
-        os.replace(part, folder / WEIGHTS_FILE)
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
 
 
 def read_config(folder: str | os.PathLike) -> InfiniConfig:

@@ -10,6 +10,7 @@ from torch import Tensor
 from infini.errors import InputError
 from infini.protocol import SegmentModel
 from infini.state import InfiniState
+from infini.tensor_file import write_tensors
 
 
 class StreamingSession:
@@ -159,13 +160,9 @@ class StreamingSession:
 
         Two files: `path` is the state (`InfiniState.save`), `path` + `.next` what generation starts from.
         """
-        from safetensors.torch import save_file
-
         self.state.save(path)
-        part = f"{os.fspath(path)}.next.part"
-        logits = {} if self._logits is None else {"logits": self._logits.cpu().contiguous()}
-        save_file(logits | {"tokens_seen": self._seen}, part)
-        os.replace(part, f"{os.fspath(path)}.next")
+        logits = {} if self._logits is None else {"logits": self._logits}
+        write_tensors(f"{os.fspath(path)}.next", logits | {"tokens_seen": self._seen})
 
     @classmethod
     def restore(cls, path: str | os.PathLike, model: SegmentModel, piece: int = 4096) -> Self:

@@ -7,16 +7,15 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from infini.errors import InputError
 from infini.memory import MemoryState
+from infini.tensor_file import write_tensors
 
 FORMAT = "infini-state-1"
 
@@ -127,15 +126,8 @@ class InfiniState:
         return self._map(lambda x: x.index_select(0, there), lambda x: x.index_select(0, rows.cpu()))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to one safetensors file, atomically."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        metadata = {"format": FORMAT, "shape": self.shape}
-        try:
-            save_file({n: t.detach().cpu().contiguous() for n, t in self._tensors().items()}, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write to one safetensors file; it appears whole or not at all (`OSError` on a full disk)."""
+        write_tensors(path, self._tensors(), {"format": FORMAT, "shape": self.shape})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> Self:

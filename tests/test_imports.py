@@ -23,7 +23,7 @@ LEVELS = [
     {"state"},
     {"layers", "local", "memory"},
     {"kernels", "config", "segments"},
-    {"protocol", "errors"},
+    {"protocol", "errors", "tensor_file"},
     {"reference"},
 ]
 HEIGHT = {part: -line for line, parts in enumerate(LEVELS) for part in parts}

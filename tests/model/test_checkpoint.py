@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import infini
@@ -122,9 +123,9 @@ def test_a_failed_save_keeps_the_old_weights(folder, monkeypatch):
 
     def no_space(tensors, target, metadata):
         target.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("infini.checkpoint.save_file", no_space)
+    monkeypatch.setattr("infini.tensor_file.save_file", no_space)
     with pytest.raises(OSError, match="No space left"):
         make(write_gate=True, qk_norm=True, memory_layers=(0,)).save_pretrained(folder)
     assert (folder / "model.safetensors").read_bytes() == before

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from infini import InfiniConfig, InfiniState, InfiniTransformer, InputError
@@ -138,9 +139,9 @@ def test_a_failed_save_keeps_the_old_file(state, tmp_path, monkeypatch):
 
     def no_space(tensors, target, metadata):
         target.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("infini.state.save_file", no_space)
+    monkeypatch.setattr("infini.tensor_file.save_file", no_space)
     with pytest.raises(OSError, match="No space left"):
         state.save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["state"]

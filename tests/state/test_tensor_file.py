@@ -1,0 +1,27 @@
+"""The writer's real errors reach the caller as errors of the system, and the old file stays."""
+
+import subprocess
+import sys
+
+# A limit on the size of files is a full disk that needs no rights and no mount: the system refuses to write on.
+SCRIPT = """
+import errno, resource, sys, torch
+from pathlib import Path
+from infini.tensor_file import write_tensors
+
+path = Path(sys.argv[1]) / "tensors"
+write_tensors(path, {"a": torch.ones(4)})
+old = path.read_bytes()
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_tensors(path, {"a": torch.ones(100_000)})
+except OSError as error:
+    assert (error.errno, error.filename) == (errno.EFBIG, str(path)), error
+    assert path.read_bytes() == old and [p.name for p in path.parent.iterdir()] == ["tensors"]
+    print("refused")
+"""
+
+
+def test_what_the_system_refuses_is_an_oserror_and_nothing_is_lost(tmp_path):
+    found = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert found.stdout == "refused\n", found.stderr
