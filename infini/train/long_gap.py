@@ -29,6 +29,9 @@ from infini.memory import MemoryState
 from infini.state import InfiniState
 from infini.train.loss import LossSums, loss_of_span
 
+# Tokens of a gap that are read at a time, in all rows together.
+READ_TOKENS = 65536
+
 
 class Crossing(NamedTuple):
     """A gap that was read: the state at its end, and A `[rows, kv_heads, k, k]` per layer (None: identity or no memory)."""
@@ -59,7 +62,8 @@ def gap_loss_of(model: Callable, batch: Batch) -> LossSums:
 
 @torch.no_grad()
 def cross(model: Callable, batch: Batch, state: InfiniState) -> Crossing:
-    """Read the batch's gap after ``state`` without gradient, at most as many tokens at a time as the batch itself has.
+    """Read the batch's gap after ``state`` without gradient, at most `READ_TOKENS` tokens at a time, or as many as the
+    batch has if that is more.
 
     Memory does not depend on the gap's length: its pieces are made when they are read, and of a piece only the
     state and A stay.
@@ -76,7 +80,8 @@ def cross(model: Callable, batch: Batch, state: InfiniState) -> Crossing:
             f"it must stand on a segment border: give the task (now {n}) and the model the same segment_length"
         )
     product = None
-    length, most = batch.gap.segments * n, batch.segments * n
+    # Long gaps come with few rows, which read as many tokens at a time as a full batch would.
+    length, most = batch.gap.segments * n, max(batch.segments, READ_TOKENS // (len(batch.tokens) * n)) * n
     for start in range(0, length, most):
         maps: dict = {}
         piece = batch.gap.piece(start, min(start + most, length))

@@ -10,12 +10,20 @@ from infini import InfiniConfig, InfiniTransformer, memory
 from infini.data.batch import Batch, Gap
 from infini.errors import InputError
 from infini.memory import MemoryState
-from infini.train import train
+from infini.train import long_gap, train
 from infini.train.long_gap import _carried, carry_on, cross, gap_loss_of
 from infini.train.loss import loss_of
 from infini.train.step import Parallel
 
 N = 4
+
+
+@pytest.fixture(autouse=True)
+def gaps_in_pieces(monkeypatch):
+    """Pieces of a batch's own size, so that small gaps take several."""
+    monkeypatch.setattr(long_gap, "READ_TOKENS", 1)
+
+
 RULES = ("linear", "delta", "gamma_delta", "deltanet")
 
 
@@ -229,6 +237,13 @@ def test_filler_is_read_in_pieces_without_gradient():
     assert model.calls[0] == (2 * N, True)
     assert model.calls[1:-1] == [(4 * N, False), (4 * N, False), (3 * N, False)]
     assert model.calls[-1] == (2 * N, True)
+
+
+def test_few_rows_are_read_in_longer_pieces(monkeypatch):
+    monkeypatch.setattr(long_gap, "READ_TOKENS", 6 * N * 2 + 3)
+    model = Watched(build())
+    gap_loss_of(model, gap_batch(gap=11, rows=2))
+    assert model.calls[1:-1] == [(6 * N, False), (5 * N, False)]
 
 
 def test_memory_does_not_depend_on_the_length_of_the_gap():
