@@ -144,14 +144,14 @@ def _run_steps(
         desc=str(output),
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
-    window = Window()
+    window = Window(settings.token_weight)
 
     with StopRequest() as stop, bar:
         while progress.step < settings.steps:
             batches = [next(data) for _ in range(settings.accumulation)]
             rate = learning_rate_at(progress.step, settings)
             set_learning_rate(optimizer, rate)
-            result = take_step(called, optimizer, batches, settings.clip, device, schedule)
+            result = take_step(called, optimizer, batches, settings.clip, device, schedule, settings.token_weight)
             progress.step += 1
             window.add(progress.step, result)
             bar.update()
@@ -172,7 +172,7 @@ def _run_steps(
                 row["peak_memory_bytes"] = _peak_memory_bytes(device)
                 log.write(row)
                 bar.set_postfix_str(_in_short(row), refresh=False)
-                window = Window()
+                window = Window(settings.token_weight)
             if probes:
                 if batches[-1].segments > 1:  # a single segment asks nothing of the memory
                     gates.check()

@@ -29,7 +29,7 @@ class LossSums(NamedTuple):
 def loss_of(model: Callable, batch: Batch) -> LossSums:
     """Run ``model`` on a batch and sum the cross-entropy over all tokens and over answer tokens.
 
-    Training minimizes ``sum_all / n_all + sum_answers / n_answers``. Answers are a few digits in
+    Training minimizes ``w * sum_all / n_all + sum_answers / n_answers``, ``w`` 1 by default. Answers are a few digits in
     thousands of bytes; in the plain mean their gradient would drown, and retrieval is not learned.
     Sums, not means, are returned, so that accumulated batches can be weighted as one.
 

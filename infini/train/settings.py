@@ -27,6 +27,8 @@ class TrainSettings:
         warmup_steps: steps of linear warm-up; the cosine spans the rest.
         min_learning_rate_ratio: the cosine ends at this share of the peak.
         clip: largest norm of the whole gradient.
+        token_weight: of the mean loss over all tokens, beside 1 for the mean over answers. Natural text has far more
+            loss than answers do, and drowns them at weight 1.
         accumulation: batches per optimizer step, weighted as if they were one.
         precision: "bf16" (autocast around the model; parameters and state stay fp32) or "fp32".
         recompute: recompute the activations of each block in the backward pass.
@@ -62,6 +64,7 @@ class TrainSettings:
     warmup_steps: int = 100
     min_learning_rate_ratio: float = 0.1
     clip: float = 1.0
+    token_weight: float = 1.0
     accumulation: int = 1
     precision: str = "bf16"
     recompute: bool = False
@@ -84,7 +87,7 @@ class TrainSettings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("learning_rate", "memory_learning_rate_scale", "clip"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
-        for name in ("weight_decay", "warmup_steps", "workers", "seed"):
+        for name in ("token_weight", "weight_decay", "warmup_steps", "workers", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         ratio = self.min_learning_rate_ratio
         _require(0 <= ratio <= 1, "min_learning_rate_ratio", ratio, "between 0 and 1")

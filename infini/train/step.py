@@ -51,6 +51,7 @@ def take_step(
     clip: float,
     device: torch.device,
     schedule: Schedule = Parallel(),
+    token_weight: float = 1.0,
 ) -> StepResult:
     """Learn from several batches as if they were one large batch.
 
@@ -65,6 +66,7 @@ def take_step(
         clip: largest norm of the whole gradient.
         device: where the model is.
         schedule: how gradients are computed; every schedule but a truncated one gives the same.
+        token_weight: of the mean over all tokens, beside 1 for the mean over answers.
 
     Returns:
         The summed losses, the norm before clipping, and the numbers of tokens and answer tokens.
@@ -74,7 +76,7 @@ def take_step(
     answers = sum(int(batch.answer[:, 1:].sum()) for batch in batches)
 
     def weigh(sums: LossSums) -> torch.Tensor:
-        return sums.tokens / tokens + sums.answers / max(1, answers)
+        return token_weight * sums.tokens / tokens + sums.answers / max(1, answers)
 
     optimizer.zero_grad()
     total = LossSums(torch.zeros((), device=device), torch.zeros((), device=device))

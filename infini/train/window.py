@@ -27,7 +27,8 @@ class Window:
         {'loss': 4.0, 'token_loss': 2.0, 'answer_loss': 2.0, 'gradient_norm': 0.5}
     """
 
-    def __init__(self):
+    def __init__(self, token_weight: float = 1.0):
+        self._token_weight = token_weight
         self.tokens = 0
         self.seconds = 0.0
         self._began = time.perf_counter()
@@ -43,7 +44,7 @@ class Window:
         self._measured.append(torch.stack([*result.sums, result.gradient_norm]))
 
     def read(self) -> dict:
-        """Mean losses in nats and the mean gradient norm; ``answer_loss`` is None without answers.
+        """Mean losses in nats, ``loss`` the one that is minimized, and the mean gradient norm; ``answer_loss`` is None without answers.
 
         This waits for the device, and sets ``seconds`` to the wall time since the window opened.
 
@@ -63,7 +64,7 @@ class Window:
         token_loss = tokens / self.tokens
         answer_loss = answers / self._answers if self._answers else None
         return {
-            "loss": token_loss + (answer_loss or 0.0),
+            "loss": self._token_weight * token_loss + (answer_loss or 0.0),
             "token_loss": token_loss,
             "answer_loss": answer_loss,
             "gradient_norm": norms / len(measured),

@@ -47,6 +47,12 @@ def test_losses_are_means_over_all_tokens_of_the_window_not_means_of_means():
     assert window.read() == {"loss": 6.5, "token_loss": 2.5, "answer_loss": 4.0, "gradient_norm": 2.0}
 
 
+def test_the_loss_told_is_the_one_minimized():
+    window = Window(token_weight=0.5)
+    window.add(1, result(100, 8, 1, 40, 2))
+    assert window.read()["loss"] == 0.5 * 2.5 + 4.0
+
+
 def test_without_answers_there_is_no_answer_loss():
     window = Window()
     window.add(1, result(10, 0, 1, 10, 0))
