@@ -96,7 +96,7 @@ class StreamingSession:
         longest = int(lengths.max())
         for start in range(0, longest, self.piece):
             stop = min(start + self.piece, longest)
-            piece = ids[:, start:stop].to(device=device, dtype=torch.long)
+            piece = _moved(ids[:, start:stop], device)
             left_out = torch.arange(start, stop) >= lengths[:, None]
             mask = left_out.to(device) if bool(left_out.any()) else None
             logits, self.state = self.model(piece, self.state, padding=mask, keep="last")
@@ -189,6 +189,14 @@ class StreamingSession:
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _moved(ids: Tensor, device: torch.device) -> Tensor:
+    """The ids as int64 on the device; on their way to a GPU the host goes on, and its next kernels are queued in time."""
+    ids = ids.long()
+    if device.type == "cuda" and not ids.is_cuda:
+        ids = ids.pin_memory()
+    return ids.to(device, non_blocking=True)
 
 
 def choose_token(

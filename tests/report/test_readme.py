@@ -10,6 +10,10 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
+def read(source: str) -> dict:
+    return json.loads((ROOT / source).read_text())
+
+
 def pooled(record: dict) -> list[str]:
     """The README's rows: cells of one length taken together."""
     rows = []
@@ -24,15 +28,34 @@ def pooled(record: dict) -> list[str]:
 
 
 def test_the_table_is_the_record():
-    source, table = re.search(r"<!-- passkey: (\S+) -->\n((?:\|.*\n)+)", README).groups()
-    assert table.splitlines()[2:] == pooled(json.loads((ROOT / source).read_text()))
+    sources, table = re.search(r"<!-- passkey: (.+) -->\n((?:\|.*\n)+)", README).groups()
+    rows = [row for source in sources.split() for row in pooled(read(source))]
+    assert table.splitlines()[2:] == rows
+
+
+def right_of(rows: list[dict]) -> str:
+    """"398 of 400", cells taken together."""
+    return f"{sum(round(row['exact_match'] * row['samples']) for row in rows)} of {sum(row['samples'] for row in rows)}"
+
+
+def test_other_seeds_are_those_of_their_records():
+    folder = "results/passkey_bytes_12m"
+    assert f"it finds {right_of(read(f'{folder}/passkey_seed1/record.json')['rows'])} keys" in README
+    assert f"another seed finds {right_of(read(f'{folder}/seed1/passkey_seed1/record.json')['rows'])};" in README
+    assert read(f"{folder}/seed1/training/record.json")["seeds"]["train"] == 1
+
+
+def test_peak_memory_does_not_grow():
+    peaks = {row["peak_memory_bytes"] for row in read("results/passkey_bytes_12m/peak_memory/record.json")["rows"]}
+    assert len(peaks) == 1 and "the same to the byte" in README
 
 
 def test_numbers_in_the_text_are_the_training_record():
-    record = json.loads((ROOT / "results/passkey_bytes_12m/training/record.json").read_text())
+    record = read("results/passkey_bytes_12m/training/record.json")
     metrics, data = record["metrics"], record["data"]
     assert f"{metrics['parameters'] / 1e6:.1f}M-parameter" in README
-    assert f"trained for {metrics['seconds']:.0f} seconds on one H100" in README
+    assert f"trained for {metrics['seconds']:.0f} seconds on one H200" in README
+    assert [gpu["name"] for gpu in record["machine"]["gpus"]] == ["NVIDIA H200"]
     assert f"at most {data['max_segments'] * data['segment_length']:,} tokens" in README
 
 
@@ -46,3 +69,16 @@ def test_its_python_runs(block, capsys):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+NEGATIVE = (ROOT / "results/NEGATIVE.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "cells"), re.findall(r"^\| \[[^]]*\]\((\S+)\.md\) \|((?: *(?:\d+ of \d+)? \|)+)$", NEGATIVE, re.M)
+)
+def test_what_did_not_work_is_told_with_the_numbers_of_its_records(source, cells):
+    rows = read(f"results/{source}.json")["rows"]
+    lengths = sorted({row["length"] for row in rows})
+    told = [cell.strip() for cell in cells.split("|")]
+    assert told[: len(lengths)] == [right_of([row for row in rows if row["length"] == length]) for length in lengths]
