@@ -47,6 +47,8 @@ class PasskeyTraining(RowSource):
         dense_question_share: share of passkey rows with the question repeated.
         near_share: share of passkey rows with less than a segment between needle and last question, where
             local attention has to copy the digits; a uniform depth hardly ever asks for that.
+        first_share: share of passkey rows with the needle in the first segment's worth of filler, with a long gap too;
+            it is written with hardly anything in the memory, which a uniform depth seldom asks for.
         border_share: share of passkey rows whose last prompt ends on a segment border.
         recall_pools: see :class:`RecallTraining`.
         recall_longest_gaps: see :class:`RecallTraining`.
@@ -74,6 +76,7 @@ class PasskeyTraining(RowSource):
     recall_fall: float = 0.5
     dense_question_share: float = 0.5
     near_share: float = 0.1
+    first_share: float = 0.0
     border_share: float = 0.25
     recall_pools: tuple[int, ...] = (1, 2, 4, 8, 16)
     recall_longest_gaps: tuple[int, ...] = (0, 32, 128, 512)
@@ -92,6 +95,7 @@ class PasskeyTraining(RowSource):
             "recall_fall",
             "dense_question_share",
             "near_share",
+            "first_share",
             "border_share",
             "gap_share",
             "gap_after",
@@ -167,7 +171,7 @@ class PasskeyTraining(RowSource):
         filler = prompt - _fixed_size(quiz)
         row = self._start_row(random, tokens, answer, name, key, quiz)
 
-        before = int(random.integers(filler, endpoint=True))
+        before = self._filler_before(random, filler)
         if random.random() < self.near_share:
             before = filler - int(random.integers(min(filler, self.segment_length), endpoint=True))
         asked = self._dense_questions(random, filler - before, asked_size(quiz, key))
@@ -223,7 +227,7 @@ class PasskeyTraining(RowSource):
         row = self._start_row(random, tokens, answer, name, key, quiz)
 
         filler = border - sizes[0]
-        before = int(random.integers(filler, endpoint=True))
+        before = self._filler_before(random, filler)
         decoys = [
             (decoy.offset(before, filler) if decoy.before else round(decoy.place / share * filler), text)
             for decoy, text in _decoys(quiz, share, after=False)
@@ -266,6 +270,13 @@ class PasskeyTraining(RowSource):
     def _start_row(self, random, tokens, answer, name, key, quiz) -> Row:
         filler = self.draw_filler(random, self._fillers[name])
         return Row(tokens, answer, quiz, key, filler, phase=int(random.integers(len(filler))))
+
+    def _filler_before(self, random, filler: int) -> int:
+        """Bytes of filler before the needle."""
+        # Without a share nothing is drawn for it, so that rows are what they were before there was one.
+        if self.first_share and random.random() < self.first_share:
+            filler = min(filler, self.segment_length)
+        return int(random.integers(filler, endpoint=True))
 
     def _dense_questions(self, random, left: int, size: int) -> list[int]:
         """Places, in bytes of filler, of the questions before the last one."""

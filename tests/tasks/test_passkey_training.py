@@ -77,6 +77,29 @@ def test_the_key_stands_anywhere():
     assert histogram.min() > 0.7 * len(depths) / 10
 
 
+def around_the_needle(text):
+    """Bytes of filler before the needle, and between the needle and the last question."""
+    needle, question = text.index("\nThe pass key is "), text.rindex("\nWhat is")
+    return needle - len(TASK), question - text.index("\n", needle + 1)
+
+
+@pytest.mark.parametrize("gap_share", [0.0, 1.0])
+def test_needles_stand_first_and_near_in_their_shares(gap_share):
+    n, segments = 256, 24
+    shares = dict(first_share=0.5, near_share=0.25, dense_question_share=0.0, gap_share=gap_share, gap_after=0.0)
+    source = PasskeyTraining(
+        steps=80, segment_length=n, min_segments=segments, max_segments=segments, growth=0.0, **shares, **ONLY_PASSKEY
+    )
+    places = [around_the_needle(text) for _, text, _ in rows(source, range(80))]
+    first, near = ([distance <= n for distance in column] for column in zip(*places))
+    if gap_share:  # the border of the gap is anywhere, and nothing is drawn near it
+        assert np.mean(first) > 0.5
+    else:
+        by_chance = 1 / segments
+        assert np.mean(near) == pytest.approx(0.25 + 0.75 * 0.5 * by_chance, abs=0.05)
+        assert np.mean(first) == pytest.approx(0.75 * (0.5 + 0.5 * by_chance), abs=0.05)
+
+
 def test_half_of_the_rows_ask_every_half_to_two_segments():
     source = PasskeyTraining(steps=100, min_segments=32, max_segments=32, **ONLY_PASSKEY)
     dense, total = 0, 0
