@@ -14,7 +14,8 @@ CONF = Path(str(files("infini.conf")))
 
 
 def options(group):
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    files = [path.relative_to(CONF / group) for path in (CONF / group).rglob("*.yaml")]
+    return sorted(path.with_suffix("").as_posix() for path in files if path.parts[0] != "base")  # no option by itself
 
 
 # What a file leaves to the command line: any text will do.
@@ -31,6 +32,31 @@ def test_train_composes_and_builds(overrides):
     assert source.segment_length == model.segment_length
     assert len(source) == settings.steps * settings.accumulation
     assert source.seed == settings.seed == config["seed"]
+
+
+def settled(row):
+    """What a row of the ablation computes, key by key."""
+    model, source, settings = train.read(compose("train", [f"experiment=ablation/{row}"]))
+    parts = {"model": model, "task": source, "train": settings}
+    return {(part, field.name): getattr(value, field.name)
+            for part, value in parts.items() for field in dataclasses.fields(value) if field.init}
+
+
+@pytest.mark.parametrize(
+    ("row", "before", "changed"),
+    [
+        ("delta", "linear", {"update_rule"}),
+        ("qk_norm", "linear", {"qk_norm"}),
+        ("write_gate", "qk_norm", {"write_gate"}),
+        ("sliding", "write_gate", {"local_attention", "window"}),
+        ("long_gap", "sliding", {"gap_share", "gap_growth", "max_gap_segments"}),
+        ("gamma_delta", "sliding", {"update_rule"}),
+        ("deltanet", "sliding", {"update_rule", "qk_norm", "feature_map"}),
+    ],
+)
+def test_a_row_of_the_ablation_changes_one_thing(row, before, changed):
+    one, other = settled(before), settled(row)
+    assert {name for part, name in one if one[part, name] != other[part, name]} == changed
 
 
 @pytest.mark.parametrize("grid", options("grid"))
