@@ -1,5 +1,7 @@
 """The same checks on a CUDA device, in bf16: `pytest -m gpu tests/gpu`."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -144,3 +146,17 @@ def test_a_state_moves_between_devices(tmp_path):
     restored = StreamingSession.restore(tmp_path / "s", on_cpu)
     a, b = session.feed(tokens[:, 650:]).cpu(), restored.feed(tokens[:, 650:])
     assert torch.allclose(a, b, atol=2e-3)
+
+
+@pytest.mark.parametrize("variant", ["paper-linear", "long"])
+def test_reading_never_makes_the_host_wait(variant):
+    model = make(variant).to("cuda", torch.bfloat16).eval()
+    session = StreamingSession(model, batch_size=2, piece=256)
+    text = torch.randint(256, (2, 2000))
+    session.feed(text)  # the first pieces allocate and pick kernels, in states that are empty, full and ragged
+    try:
+        with warnings.catch_warnings(action="ignore"):  # it warns that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        session.feed(text)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
