@@ -59,6 +59,7 @@ class InfiniAttention(nn.Module):
         use_memory: bool = True,
         trace: list | None = None,
         maps: list | None = None,
+        memory_backend: str = "torch",
     ) -> tuple[Tensor, LayerState]:
         """Attend `x` `[batch, tokens, D]` after `state`.
 
@@ -71,6 +72,7 @@ class InfiniAttention(nn.Module):
             use_memory: False silences the memory in the mix; it is written all the same.
             trace: a list that receives one dict of detached statistics, or None for a layer without memory.
             maps: a list that receives A of `memory.write_segments_with_map`, or None for a layer without memory.
+            memory_backend: `torch` or `triton`, as `choose_memory_backend` found.
 
         Returns:
             The layer's output `[batch, tokens, D]` and its new state.
@@ -80,7 +82,6 @@ class InfiniAttention(nn.Module):
         strength = None
         if self.has_memory and self.config.write_gate:
             strength = torch.sigmoid(_full_precision(self.write_gate(x)))
-        new_strength = strength
         if state is not None:
             k, v = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in ((state.keys, k), (state.values, v)))
             if strength is not None:
@@ -94,8 +95,9 @@ class InfiniAttention(nn.Module):
         if self.has_memory:
             # Gradients and sums of the memory need fp32, whatever the autocast.
             with torch.autocast(x.device.type, enabled=False):
-                before, new_memory = self._write(state, k, v, strength, plan, maps)
-                mixed = self._read_and_mix(q, before, mixed, plan, use_memory, trace, new_strength)
+                mixed, new_memory = self.remember(
+                    q, k, v, strength, mixed, None if state is None else state.memory, plan, memory_backend, use_memory, trace, maps
+                )
         else:
             for receiver in (trace, maps):
                 if receiver is not None:
@@ -104,11 +106,46 @@ class InfiniAttention(nn.Module):
         kept_strength = None if strength is None else plan.recent(strength)
         return self.o_proj(mixed.flatten(2)), LayerState(plan.recent(k), plan.recent(v), kept_strength, new_memory)
 
+    def remember(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        strength: Tensor | None,
+        local_output: Tensor,
+        initial: MemoryState | None,
+        plan: SegmentPlan,
+        backend: str = "torch",
+        use_memory: bool = True,
+        trace: list | None = None,
+        maps: list | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """The memory's part of the layer: write, read, mix.
+
+        Args:
+            q, local_output: of the new tokens, `[batch, tokens, h, d]`.
+            k, v, strength: of the plan's line, `[batch, history + tokens, g, d]`, strength without `d` or None.
+            initial: the memory before the line; None: empty.
+            plan, use_memory, trace, maps: as in `forward`.
+            backend: `torch` or `triton`.
+
+        Returns:
+            The mixed output like `local_output`, and the memory after the last full segment.
+        """
+        initial = empty_memory(self.config, k.shape[0], k) if initial is None else initial
+        if backend == "triton":
+            if maps is not None:
+                maps.append(None)
+            before, after = self._write_by_kernels(initial, k, v, strength, plan)
+            return self._read_by_kernels(q, before, local_output, plan, use_memory), after
+        before, after = self._write(initial, k, v, strength, plan, maps)
+        new_strength = None if strength is None else strength[:, plan.history :]
+        return self._read_and_mix(q, before, local_output, plan, use_memory, trace, new_strength), after
+
     def _write(
-        self, state: LayerState | None, k: Tensor, v: Tensor, strength: Tensor | None, plan: SegmentPlan, maps: list | None
+        self, initial: MemoryState, k: Tensor, v: Tensor, strength: Tensor | None, plan: SegmentPlan, maps: list | None
     ) -> tuple[MemoryState, MemoryState]:
         """The memory before each segment and after the last; `maps` receives how the one became the other."""
-        initial = empty_memory(self.config, k.shape[0], k) if state is None else state.memory
         if not plan.any_written and plan.fresh is None:
             # Nothing fills up, as in most decoding steps: the memory stays as it is.
             before = MemoryState(*(None if m is None else m.unsqueeze(1) for m in initial))
@@ -160,6 +197,37 @@ class InfiniAttention(nn.Module):
         if trace is not None:
             trace.append(self._statistics(memory_output, local_grid, before, strength))
         return to_line(mixed).to(dtype)
+
+    def _write_by_kernels(
+        self, initial: MemoryState, k: Tensor, v: Tensor, strength: Tensor | None, plan: SegmentPlan
+    ) -> tuple[MemoryState, MemoryState]:
+        """`_write` of uniform rows under the `linear` rule."""
+        offset = plan.history - plan.opened
+        written = (k.shape[1] - offset) // plan.segment_length
+        if written == 0:
+            return MemoryState(*(m.unsqueeze(1) for m in initial)), initial
+        from infini.kernels.write import write_linear
+
+        scale, bias = (self.key_scale, self.key_bias) if self.config.qk_norm else (None, None)
+        M, z, M_after, z_after = write_linear(
+            k, v, strength, scale, bias, *initial, offset, written, plan.segments, plan.segment_length, self.config.rms_norm_eps
+        )
+        return MemoryState(M, z), MemoryState(M_after, z_after)
+
+    def _read_by_kernels(self, q: Tensor, before: MemoryState, local_output: Tensor, plan: SegmentPlan, use_memory: bool) -> Tensor:
+        """`_read_and_mix` of uniform rows."""
+        has_memory = plan.has_memory
+        if not (plan.any_memory and use_memory):
+            if not self.config.gate_when_empty:
+                return local_output
+            has_memory = torch.zeros(before.matrix.shape[:2], dtype=torch.bool, device=q.device)
+        from infini.kernels.read import read_and_mix
+
+        scale, bias = (self.query_scale, self.query_bias) if self.config.qk_norm else (None, None)
+        return read_and_mix(
+            q, local_output, *before, self.beta, scale, bias, has_memory, -plan.opened, plan.segment_length,
+            self.config.gate_when_empty, self.config.rms_norm_eps, memory.DENOMINATOR_FLOOR,
+        )  # fmt: skip
 
     def _query_features(self, q: Tensor) -> Tensor:
         q = _full_precision(q)

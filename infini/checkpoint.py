@@ -3,19 +3,23 @@
 import json
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infini.config import InfiniConfig
+from infini.config import InfiniConfig, ModelConfig
 from infini.errors import InputError
 from infini.tensor_file import write_tensors
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 FORMAT = "infini-1"
+TRANSFORMERS_NOTES = ("architectures", "dtype", "transformers_version")  # in a folder written there; no choices of the model
 SHIPPED = Path(__file__).parent / "weights"
+
+Config = TypeVar("Config", bound=ModelConfig)
 
 
 def resolve(name_or_folder: str | os.PathLike | None) -> Path:
@@ -38,23 +42,45 @@ def shipped_names() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{WEIGHTS_FILE}"))
 
 
-def write(folder: str | os.PathLike, config: InfiniConfig, weights: dict[str, Tensor]) -> None:
+def write(folder: str | os.PathLike, config: ModelConfig, weights: dict[str, Tensor]) -> None:
     """Write a checkpoint folder; each file appears whole or not at all, the weights last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {"model_type": "infini", "format": FORMAT, **config.to_dict()}
+    fields = {"model_type": config.model_type, "format": FORMAT, **config.to_dict()}
     part = folder / (CONFIG_FILE + ".part")
     part.write_text(json.dumps(fields, indent=2) + "\n")
     os.replace(part, folder / CONFIG_FILE)
     write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
 
 
-def read_config(folder: str | os.PathLike) -> InfiniConfig:
-    """The configuration in a checkpoint folder.
+def model_type(folder: str | os.PathLike) -> str | None:
+    """Which kind of model a checkpoint folder says that it holds (`ModelConfig.model_type`).
 
     Raises:
-        InputError: it is missing, not JSON, of another format, or has fields or values that this version does not know.
+        InputError: its `config.json` is missing or not JSON.
     """
+    return _fields(folder).get("model_type")
+
+
+def read_config(folder: str | os.PathLike, config_class: type[Config] = InfiniConfig) -> Config:
+    """The configuration in a checkpoint folder, of the kind of model that `config_class` belongs to.
+
+    Raises:
+        InputError: it is missing, not JSON, of another model or format, or has fields or values that this version does not know.
+    """
+    fields, path = _fields(folder), Path(folder) / CONFIG_FILE
+    found = fields.pop("model_type", None)
+    if found != config_class.model_type:
+        raise InputError(
+            f"{path} does not describe a model of this library (model_type is {found!r}, not {config_class.model_type!r})"
+        )
+    found = fields.pop("format", None)
+    if found != FORMAT:
+        raise InputError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
+    return config_class.from_dict({name: value for name, value in fields.items() if name not in TRANSFORMERS_NOTES})
+
+
+def _fields(folder: str | os.PathLike) -> dict:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise InputError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
@@ -62,29 +88,23 @@ def read_config(folder: str | os.PathLike) -> InfiniConfig:
         fields = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}); the file is damaged") from None
-    if not isinstance(fields, dict) or fields.pop("model_type", None) != "infini":
-        raise InputError(f"{path} does not describe a model of this library (model_type is not 'infini')")
-    found = fields.pop("format", None)
-    if found != FORMAT:
-        raise InputError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
-    return InfiniConfig.from_dict(fields)
+    return fields if isinstance(fields, dict) else {}
 
 
 def read_weights(folder: str | os.PathLike, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in a checkpoint folder, checked against `expected` names and shapes.
+    """The weights in a checkpoint folder, in one file or in shards with an index, checked against `expected` names and shapes.
 
     Raises:
-        InputError: the file is missing, a pickle, cut short, of another configuration, or holds a NaN or an infinity.
+        InputError: a file is missing, a pickle, cut short, of another configuration, or holds a NaN or an infinity.
     """
-    path = Path(folder) / WEIGHTS_FILE
-    if not path.is_file():
-        others = sorted(p.name for p in Path(folder).glob("*.bin")) + sorted(p.name for p in Path(folder).glob("*.pt"))
-        hint = f"; {others} may be pickles, which are not loaded: convert them to safetensors" if others else ""
-        raise InputError(f"{folder} has no {WEIGHTS_FILE}{hint}")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} cannot be read ({error}); it is cut short or no safetensors file: copy it again") from None
+    path, weights = Path(folder) / WEIGHTS_FILE, {}
+    for part in _weight_files(Path(folder)):
+        try:
+            weights |= load_file(part)
+        except SafetensorError as error:
+            raise InputError(f"{part} cannot be read ({error}); it is cut short or no safetensors file: copy it again") from None
+        except FileNotFoundError:
+            raise InputError(f"{part} is missing, {INDEX_FILE} names it: copy the whole folder") from None
     if set(weights) != set(expected):
         missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
         raise InputError(f"{path} belongs to another configuration: missing {missing[:3]}, unexpected {extra[:3]}")
@@ -94,6 +114,33 @@ def read_weights(folder: str | os.PathLike, expected: dict[str, Tensor]) -> dict
                 f"{path} belongs to another configuration: {name} is {list(tensor.shape)}, "
                 f"{CONFIG_FILE} asks for {list(expected[name].shape)}"
             )
+    require_finite(path, weights)
+    return weights
+
+
+def require_finite(path: str | os.PathLike, weights: dict[str, Tensor]) -> None:
+    """Refuse weights of a training that diverged.
+
+    Raises:
+        InputError: one of them holds a NaN or an infinity.
+    """
+    for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{path}: {name} holds a NaN or an infinity; the training that wrote it diverged")
-    return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+        hint = f"; {others} may be pickles, which are not loaded: convert them to safetensors" if others else ""
+        raise InputError(f"{folder} has no {WEIGHTS_FILE}{hint}")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is no index of shards ({error!r}); copy the whole folder again") from None
+    if strange := [name for name in names if not name.endswith(".safetensors") or Path(name).name != name]:
+        raise InputError(f"{index} names {strange}; shards are safetensors files in the same folder")
+    return [folder / name for name in names]

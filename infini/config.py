@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from infini.errors import InputError
 
@@ -11,8 +11,35 @@ FEATURE_MAPS = ("elu", "dpfp", "none")
 LOCAL_ATTENTIONS = ("segment", "sliding")
 
 
+class ModelConfig:
+    """What the configurations of all models do alike; they are frozen dataclasses that check themselves when they are made."""
+
+    model_type: ClassVar[str]
+    """Names the kind of model in a checkpoint folder."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values; `from_dict` is its inverse."""
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Build from `to_dict`'s result; an unknown field is an `InputError`."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise InputError(f"the configuration has unknown fields {unknown}; known are {sorted(known)}")
+        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _require(self, name: str, holds: bool, limit: str) -> None:
+        if not holds:
+            raise InputError(f"{name} is {getattr(self, name)!r}; it must be {limit}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class InfiniConfig:
+class InfiniConfig(ModelConfig):
     """Shape and rules of an `InfiniTransformer`; immutable, checked at construction.
 
     The defaults are the published layer in a small model. `InfiniConfig.paper(...)` and `InfiniConfig.long(...)` are the
@@ -25,6 +52,8 @@ class InfiniConfig:
         >>> InfiniConfig(num_attention_heads=8, num_key_value_heads=2, hidden_size=256).head_dim
         32
     """
+
+    model_type: ClassVar[str] = "infini"
 
     vocab_size: int = 256
     hidden_size: int = 512
@@ -144,29 +173,3 @@ class InfiniConfig:
     def span(self) -> int:
         """Tokens, itself included, that a token's local attention can reach: what a state keeps of the recent text, plus 1."""
         return self.window if self.local_attention == "sliding" else self.segment_length
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values; `from_dict` is its inverse."""
-        fields = dataclasses.asdict(self)
-        if self.memory_layers is not None:
-            fields["memory_layers"] = list(self.memory_layers)
-        return fields
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """Build from `to_dict`'s result; an unknown field is an `InputError`."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise InputError(f"the configuration has unknown fields {unknown}; known are {sorted(known)}")
-        fields = dict(fields)
-        if fields.get("memory_layers") is not None:
-            fields["memory_layers"] = tuple(fields["memory_layers"])
-        return cls(**fields)
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def _require(self, name: str, holds: bool, limit: str) -> None:
-        if not holds:
-            raise InputError(f"{name} is {getattr(self, name)!r}; it must be {limit}")

@@ -1,27 +1,23 @@
 """InfiniTransformer: a LLaMA-like decoder whose attention carries a compressive memory."""
 
 import json
-import math
-import os
-from typing import Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
-from infini import checkpoint
 from infini.attention import InfiniAttention, empty_memory
-from infini.config import InfiniConfig
+from infini.config import InfiniConfig, ModelConfig
+from infini.decoder import Decoder
 from infini.errors import InputError
+from infini.kernels.choice import choose_memory_backend
 from infini.layers.mlp import SwiGLU
 from infini.layers.norm import RMSNorm
 from infini.layers.rotary import rotary_table
 from infini.local import announce_backend, choose_backend
 from infini.memory import feature_size
 from infini.segments import SegmentPlan
-from infini.state import InfiniState, LayerState
-
-KEEP = ("all", "last", "none")
+from infini.state import InfiniState, LayerState, StreamState
 
 
 class Block(nn.Module):
@@ -34,13 +30,14 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, state, plan, rotary, backend, use_memory, trace, maps) -> tuple[Tensor, LayerState]:
-        attended, state = self.attention(self.attention_norm(x), state, plan, rotary, backend, use_memory, trace, maps)
+    def forward(self, x: Tensor, state, plan, rotary, backend, use_memory, trace, maps, memory_backend) -> tuple[Tensor, LayerState]:
+        x_normed = self.attention_norm(x)
+        attended, state = self.attention(x_normed, state, plan, rotary, backend, use_memory, trace, maps, memory_backend)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), state
 
 
-class InfiniTransformer(nn.Module):
+class InfiniTransformer(Decoder):
     """Decoder-only transformer with Infini-attention (arXiv:2404.07143).
 
     One call computes the parallel schedule: all segments of its tokens at once, layer by layer. Feeding a text segment by
@@ -49,6 +46,8 @@ class InfiniTransformer(nn.Module):
     Args:
         config: every choice.
         attention: backend of local attention: `auto`, `flash`, `sdpa` or `eager`; a property of the machine, not of the model.
+        memory_backend: of the memory: `auto`, `triton` or `torch`, see `infini.kernels.choice`; a property of the machine too.
+            `torch` until the kernels, which are tested in Triton's interpreter, have been proven and timed on a GPU.
 
     Example:
         >>> model = InfiniTransformer(InfiniConfig(hidden_size=32, num_hidden_layers=2, segment_length=4))
@@ -60,28 +59,17 @@ class InfiniTransformer(nn.Module):
         True
     """
 
-    def __init__(self, config: InfiniConfig, attention: str = "auto"):
-        super().__init__()
-        self.config, self.attention_backend = config, attention
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, has_memory) for has_memory in config.has_memory)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._recompute = False
-        self._initialize()
-        if config.tie_word_embeddings:
-            self.head.weight = self.embedding.weight
+    config_class: ClassVar[type[ModelConfig]] = InfiniConfig
+    state_class: ClassVar[type[StreamState]] = InfiniState
+    # Gates, write gates, memory scales and biases have a learning rate of their own: published attempts at a matrix's rate
+    # report gates that hardly leave their start.
+    memory_parameters: ClassVar[tuple[str, ...]] = (
+        "beta", "write_gate", "query_scale", "query_bias", "key_scale", "key_bias", "read_norm",
+    )
 
-    def _initialize(self) -> None:
-        """Normal weights; those that end a residual branch are smaller by sqrt(2 layers), as in GPT-2."""
-        std = self.config.initializer_range
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                ends_branch = name.endswith(("o_proj", "down_proj"))
-                scale = math.sqrt(2 * self.config.num_hidden_layers) if ends_branch else 1.0
-                nn.init.normal_(module.weight, std=std / scale)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+    def __init__(self, config: InfiniConfig, attention: str = "auto", memory_backend: str = "torch"):
+        super().__init__(config, lambda layer: Block(config, config.has_memory[layer]), attention)
+        self.memory_backend = memory_backend
 
     def forward(
         self,
@@ -118,13 +106,11 @@ class InfiniTransformer(nn.Module):
         Raises:
             InputError: shapes, ids or the state do not fit.
         """
-        if keep not in KEEP:
-            raise InputError(f"keep is {keep!r}; choose one of {', '.join(KEEP)}")
-        self._check(tokens, state, reset, padding)
+        options = {"memory": memory, "trace": trace, "maps": maps}
+        return self._forward(tokens, state, reset, padding, keep, hidden, **options)
+
+    def _read(self, tokens, state, reset, lengths, memory, trace, maps) -> tuple[Tensor, InfiniState]:
         device = tokens.device
-        lengths, place = None, None
-        if padding is not None:
-            tokens, reset, lengths, place = _leave_out(tokens, reset, padding)
         batch = tokens.shape[0]
         zeros = torch.zeros(batch, dtype=torch.long)
         plan = SegmentPlan(
@@ -137,13 +123,23 @@ class InfiniTransformer(nn.Module):
             empty=torch.ones(batch, dtype=torch.bool) if state is None else state.empty,
             history=0 if state is None else self.config.span - 1,
             lengths=lengths,
-            reset=None if reset is None or not reset.any() else reset.cpu(),
+            reset=reset,
             device=device,
         )
         x = self.embedding(tokens)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
         backend = choose_backend(self.attention_backend, device.type, dtype)
         announce_backend(backend, device.type, dtype)
+        memory_backend = choose_memory_backend(
+            self.memory_backend,
+            device,
+            dtype,
+            update_rule=self.config.update_rule,
+            feature_map=self.config.feature_map,
+            head_dim=self.config.head_dim,
+            uniform=plan.uniform,
+            traced=trace is not None,
+        )
         rotary_dtype = torch.promote_types(torch.float32, x.dtype)
         rotary = rotary_table(plan.positions, self.config.head_dim, self.config.rope_theta, rotary_dtype)
         statistics = None if trace is None else []
@@ -152,11 +148,7 @@ class InfiniTransformer(nn.Module):
         for block, old in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
             # A list of its own for each block: the length of a shared one would make torch.compile compile every layer apart.
             received = None if maps is None else []
-            arguments = (x, old, plan, rotary, backend, memory, statistics, received)
-            if self._recompute and torch.is_grad_enabled():
-                x, new = recompute(block, *arguments, use_reentrant=False)
-            else:
-                x, new = block(*arguments)
+            x, new = self._run(block, x, old, plan, rotary, backend, memory, statistics, received, memory_backend)
             layers.append(new)
             if maps is not None:
                 carried.append(received[0])
@@ -166,20 +158,7 @@ class InfiniTransformer(nn.Module):
         if maps is not None:
             maps["layers"] = carried
         state = InfiniState(tuple(layers), plan.open_length, plan.tokens_seen, plan.empty, self.state_shape)
-        if keep == "none":
-            return None, state
-        if keep == "last":
-            last = torch.full((batch,), tokens.shape[1]) if lengths is None else lengths
-            x = x[torch.arange(batch, device=device), (last - 1).clamp(min=0).to(device)].unsqueeze(1)
-            x = self.norm(x)
-            if lengths is not None:
-                x = x * (lengths > 0).to(device)[:, None, None]
-        else:
-            x = self.norm(x)
-            if place is not None:
-                # Back to where the tokens stood; padding gets zeros.
-                x = x.gather(1, place.unsqueeze(-1).expand(-1, -1, x.shape[-1])) * ~padding.unsqueeze(-1)
-        return (x if hidden else self.head(x)), state
+        return x, state
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> InfiniState:
         """The state of `batch_size` streams that have read nothing; calling with None in its place gives the same."""
@@ -231,102 +210,8 @@ class InfiniTransformer(nn.Module):
         }
         return json.dumps(shape)
 
-    def enable_recompute(self, on: bool = True) -> None:
-        """Keep only each block's input in training and compute the rest again in the backward pass."""
-        self._recompute = on
-
-    def enable_compile(self) -> None:
-        """Compile the blocks with `torch.compile` for any number of rows and segments; alike, they share their graphs."""
-        # With gradient or without, from a state or not, in a gap or not, one row or segment or more: each is a graph of its
-        # own. They are more than torch's limit of 8, beyond which blocks would run uncompiled, with no word but a warning.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in self.blocks:
-            block.compile(dynamic=True)
-
-    def parameter_groups(self) -> dict[str, list[str]]:
-        """Parameter names by how they are trained.
-
-        `decay`: matrices. `no_decay`: norms. `memory`: gates, write gates, memory scales and biases, which have a learning
-        rate of their own: published attempts at a matrix's rate report gates that hardly leave their start.
-        """
-        groups: dict[str, list[str]] = {"decay": [], "no_decay": [], "memory": []}
-        own = ("beta", "write_gate", "query_scale", "query_bias", "key_scale", "key_bias", "read_norm")
-        for name, parameter in self.named_parameters():
-            if any(part in own for part in name.split(".")):
-                groups["memory"].append(name)
-            else:
-                groups["decay" if parameter.dim() > 1 else "no_decay"].append(name)
-        return groups
-
-    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `model.safetensors`.
-
-        Args:
-            folder: made if it is missing; files of the same names are replaced, each atomically.
-            dtype: of the matrices; None keeps theirs. Vectors (norms, gates, scales) are few and stay as they are.
-        """
-        weights = self.state_dict()
-        if self.config.tie_word_embeddings:
-            del weights["head.weight"]
-        if dtype is not None:
-            weights = {name: w.to(dtype) if w.dim() > 1 and "write_gate" not in name else w for name, w in weights.items()}
-        checkpoint.write(folder, self.config, weights)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        attention: str = "auto",
-    ) -> Self:
-        """Load what `save_pretrained` wrote, in evaluation mode.
-
-        Args:
-            folder: a checkpoint folder.
-            device: where to.
-            dtype: of all parameters; None: float32.
-            attention: backend of local attention.
-
-        Raises:
-            InputError: the folder is no checkpoint, is damaged, or its weights are not finite or of another configuration.
-        """
-        config = checkpoint.read_config(folder)
-        with torch.device("meta"):
-            model = cls(config, attention)
-        expected = model.state_dict()
-        if config.tie_word_embeddings:
-            del expected["head.weight"]
-        weights = checkpoint.read_weights(folder, expected)
-        weights = {name: w.to(device=device, dtype=dtype or torch.float32) for name, w in weights.items()}
-        model.load_state_dict(weights, strict=False, assign=True)
-        if config.tie_word_embeddings:
-            model.head.weight = model.embedding.weight
-        return model.eval()
-
-    def _check(self, tokens, state, reset, padding) -> None:
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise InputError(f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be integers [batch, tokens]")
-        if tokens.numel() == 0:
-            raise InputError(f"tokens are {list(tokens.shape)}; a call needs at least one row and one token")
-        if tokens.device.type == "cpu":
-            low, high = tokens.min().item(), tokens.max().item()
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise InputError(f"token id {bad} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
-        for name, mask in (("reset", reset), ("padding", padding)):
-            if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
-                raise InputError(f"{name} is {mask.dtype} {list(mask.shape)}; it must be bool {list(tokens.shape)}")
-        if reset is not None and padding is not None and bool((reset & padding).any()):
-            raise InputError("reset is True at a padding; a document must begin at a token")
-        if state is None:
-            return
-        if state.shape != self.state_shape:
-            raise InputError(f"the state belongs to another model: it is {state.shape}, this model needs {self.state_shape}")
-        if state.batch_size != tokens.shape[0]:
-            raise InputError(f"the state has {state.batch_size} rows, tokens have {tokens.shape[0]}; use state.select(rows)")
-        if state.device != tokens.device:
-            raise InputError(f"the state is on {state.device}, tokens are on {tokens.device}; use state.to(device)")
+    def _check_state(self, state: InfiniState, tokens: Tensor) -> None:
+        super()._check_state(state, tokens)
         needed = torch.promote_types(torch.float32, self.embedding.weight.dtype)
         for memory in (layer.memory for layer in state.layers if layer.memory):
             if memory.matrix.dtype != needed:
@@ -334,15 +219,3 @@ class InfiniTransformer(nn.Module):
                     f"the state's memory is {memory.matrix.dtype}; this model needs {needed}: a state goes on with a model of "
                     "the precision that made it, and a memory is never in 16 bit"
                 )
-
-
-def _leave_out(tokens: Tensor, reset: Tensor | None, padding: Tensor):
-    """Move the real tokens of each row to its front: tokens, reset, lengths (on the CPU), and each token's new place."""
-    order = padding.long().argsort(dim=1, stable=True)
-    lengths = (~padding).sum(dim=1).cpu()
-    longest = max(1, int(lengths.max()))
-    order = order[:, :longest]
-    place = ((~padding).long().cumsum(dim=1) - 1).clamp(min=0)
-    moved = None if reset is None else reset.gather(1, order)
-    full = bool((lengths == longest).all())
-    return tokens.gather(1, order), moved, None if full else lengths, place

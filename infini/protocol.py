@@ -12,6 +12,8 @@ class SegmentState(Protocol):
 
     nbytes: int
     batch_size: int
+    tokens_seen: Tensor
+    """int64 `[batch]` on the CPU: tokens since each row's document began."""
 
     def detach(self) -> Self: ...
     def clone(self) -> Self: ...
@@ -21,9 +23,13 @@ class SegmentState(Protocol):
 
 
 class SegmentModel(Protocol):
-    """A causal language model that reads a text in pieces of any size; the state is all that it knows of the pieces before."""
+    """A causal language model that reads a text in pieces of any size; the state is all that it knows of the pieces before.
+
+    Sessions can be saved where the state has `save`; they are restored by the model's `state_class.load`.
+    """
 
     config: Any
+    """Has `vocab_size` and `segment_length`."""
 
     def __call__(
         self,
@@ -44,8 +50,8 @@ class SegmentModel(Protocol):
 class TrainableModel(SegmentModel, Protocol):
     """A `SegmentModel` that `infini.train` can train: also a `torch.nn.Module`, called with these keywords too.
 
-    `memory=False` silences every memory, for the knock-out; `trace` receives the statistics of telemetry. `maps`, asked for
-    with batches that have a long gap only, is described in `InfiniTransformer.forward`.
+    `memory=False` silences every memory, for the knock-out (each model says what that is); `trace` receives the statistics of
+    telemetry. `maps`, asked for with batches that have a long gap only, is described in `InfiniTransformer.forward`.
     """
 
     def parameter_groups(self) -> dict[str, list[str]]: ...

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from infini.errors import InputError
 from infini.protocol import SegmentModel
-from infini.state import InfiniState
 from infini.tensor_file import write_tensors
 
 
@@ -38,7 +37,7 @@ class StreamingSession:
         self.batch_size = self.state.batch_size
         self._logits: Tensor | None = None
         self._seen = torch.zeros(self.batch_size, dtype=torch.long)
-        if isinstance(state, InfiniState):
+        if state is not None:
             self._seen += state.tokens_seen
 
     @property
@@ -158,7 +157,7 @@ class StreamingSession:
     def save(self, path: str | os.PathLike) -> None:
         """Write the state and the last logits, so that `restore` goes on as if nothing had happened.
 
-        Two files: `path` is the state (`InfiniState.save`), `path` + `.next` what generation starts from.
+        Two files: `path` is the state (`StreamState.save`), `path` + `.next` what generation starts from.
         """
         self.state.save(path)
         logits = {} if self._logits is None else {"logits": self._logits}
@@ -175,7 +174,7 @@ class StreamingSession:
         from safetensors.torch import load_file
 
         device = next(model.parameters()).device
-        state = InfiniState.load(path, device)
+        state = model.state_class.load(path, device)
         if state.shape != model.state_shape:
             raise InputError(f"{path} belongs to another model: it is {state.shape}, this model needs {model.state_shape}")
         try:

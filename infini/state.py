@@ -4,10 +4,10 @@ A state belongs to a model's shape and to a batch; both are checked when it is u
 """
 
 import dataclasses
-import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,72 +17,51 @@ from infini.errors import InputError
 from infini.memory import MemoryState
 from infini.tensor_file import write_tensors
 
-FORMAT = "infini-state-1"
 
+class LayerTensors:
+    """What one layer carries on: a frozen dataclass whose fields are tensors `[batch, ...]`, or None."""
 
-@dataclass(frozen=True)
-class LayerState:
-    """What one layer carries on.
-
-    `keys` and `values` `[batch, span - 1, kv_heads, head_dim]` are the last tokens' before rotary positions, the newest at the
-    end; the open segment is among them. `write_strength` `[batch, span - 1, kv_heads]` belongs to them (None without a write
-    gate). `memory` is None in a layer without one.
-    """
-
-    keys: Tensor
-    values: Tensor
-    write_strength: Tensor | None
-    memory: MemoryState | None
-
-    def map(self, change) -> "LayerState":
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """A new state with `change` applied to every tensor."""
-        memory = self.memory and MemoryState(*(x if x is None else change(x) for x in self.memory))
-        strength = None if self.write_strength is None else change(self.write_strength)
-        return LayerState(change(self.keys), change(self.values), strength, memory)
+        return type(self)(**{name: change(tensor) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, absent ones left out."""
-        named = {"keys": self.keys, "values": self.values, "write_strength": self.write_strength}
-        if self.memory is not None:
-            named |= self.memory._asdict()
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    @classmethod
+    def from_tensors(cls, named: dict[str, Tensor]) -> Self:
+        """The inverse of `tensors`."""
+        return cls(**named)
 
-@dataclass(frozen=True)
-class InfiniState:
-    """State of a batch of streams: a `LayerState` per layer and three counters per row.
 
-    Attributes:
-        layers: one `LayerState` per layer.
-        open_length: int64 `[batch]`, on the CPU: tokens of the segment that is not full yet.
-        tokens_seen: int64 `[batch]`, on the CPU: tokens since the document began.
-        empty: bool `[batch]`, on the CPU: nothing has been written since the document began.
-        shape: the model shape that it belongs to, see `InfiniTransformer.state_shape`.
+class StreamState:
+    """What the states of all models do alike: frozen dataclasses with `layers`, counters and `shape`.
 
-    Example:
-        >>> from infini import InfiniConfig, InfiniTransformer
-        >>> model = InfiniTransformer(InfiniConfig(hidden_size=32, num_hidden_layers=1, segment_length=4))
-        >>> _, short = model(torch.zeros(1, 9, dtype=torch.long))
-        >>> _, long = model(torch.zeros(1, 900, dtype=torch.long))
-        >>> short.nbytes == long.nbytes == model.state_bytes(900)  # a state does not grow with the text
-        True
+    A subclass is a frozen dataclass with the fields `layers` (a tuple of `layer_class`), one tensor `[batch]` on the CPU for
+    each of `counters`, `tokens_seen` among them, and `shape`, the JSON that a model's `state_shape` must equal.
     """
 
-    layers: tuple[LayerState, ...]
-    open_length: Tensor
+    format: ClassVar[str]
+    """What its file calls itself."""
+    layer_class: ClassVar[type[LayerTensors]]
+    counters: ClassVar[dict[str, int | bool]]
+    """Names of the counters, and what they are at the start of a document."""
+
+    layers: tuple[Any, ...]
     tokens_seen: Tensor
-    empty: Tensor
     shape: str
 
     @property
     def batch_size(self) -> int:
         """Rows."""
-        return len(self.open_length)
+        return len(self.tokens_seen)
 
     @property
     def device(self) -> torch.device:
         """Where the layers' tensors are; the counters stay on the CPU."""
-        return self.layers[0].keys.device
+        return next(iter(self.layers[0].tensors().values())).device
 
     @property
     def nbytes(self) -> int:
@@ -103,9 +82,7 @@ class InfiniState:
         return dataclasses.replace(
             self,
             layers=tuple(layer.map(cleared) for layer in self.layers),
-            open_length=self.open_length.masked_fill(here, 0),
-            tokens_seen=self.tokens_seen.masked_fill(here, 0),
-            empty=self.empty | here,
+            **{name: getattr(self, name).masked_fill(here, start) for name, start in self.counters.items()},
         )
 
     def detach(self) -> Self:
@@ -127,7 +104,7 @@ class InfiniState:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file; it appears whole or not at all (`OSError` on a full disk)."""
-        write_tensors(path, self._tensors(), {"format": FORMAT, "shape": self.shape})
+        write_tensors(path, self._tensors(), {"format": self.format, "shape": self.shape})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> Self:
@@ -142,20 +119,84 @@ class InfiniState:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read as a saved state ({error}); save one with state.save(path)") from None
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{path} holds {metadata.get('format')!r}, not {FORMAT!r}; save one with state.save(path)")
-        counters = {name: tensors.pop(name).cpu() for name in ("open_length", "tokens_seen", "empty")}
+        if metadata.get("format") != cls.format:
+            raise InputError(f"{path} holds {metadata.get('format')!r}, not {cls.format!r}; save one with state.save(path)")
+        counters = {name: tensors.pop(name).cpu() for name in cls.counters}
         layers = []
-        for i in range(json.loads(metadata["shape"])["layers"]):
+        for i in range(1 + max(int(name.split(".")[0]) for name in tensors)):
             named = {name.split(".")[1]: t for name, t in tensors.items() if name.startswith(f"{i}.")}
-            memory = MemoryState(named["matrix"], named.get("normalizer")) if "matrix" in named else None
-            layers.append(LayerState(named["keys"], named["values"], named.get("write_strength"), memory))
+            layers.append(cls.layer_class.from_tensors(named))
         return cls(layers=tuple(layers), shape=metadata["shape"], **counters)
 
     def _map(self, change, count=lambda x: x) -> Self:
-        counters = {name: count(getattr(self, name)) for name in ("open_length", "tokens_seen", "empty")}
+        counters = {name: count(getattr(self, name)) for name in self.counters}
         return dataclasses.replace(self, layers=tuple(layer.map(change) for layer in self.layers), **counters)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
-        return named | {"open_length": self.open_length, "tokens_seen": self.tokens_seen, "empty": self.empty}
+        return named | {name: getattr(self, name) for name in self.counters}
+
+
+@dataclass(frozen=True)
+class LayerState(LayerTensors):
+    """What one layer carries on.
+
+    `keys` and `values` `[batch, span - 1, kv_heads, head_dim]` are the last tokens' before rotary positions, the newest at the
+    end; the open segment is among them. `write_strength` `[batch, span - 1, kv_heads]` belongs to them (None without a write
+    gate). `memory` is None in a layer without one.
+    """
+
+    keys: Tensor
+    values: Tensor
+    write_strength: Tensor | None
+    memory: MemoryState | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LayerState":
+        """A new state with `change` applied to every tensor."""
+        memory = self.memory and MemoryState(*(x if x is None else change(x) for x in self.memory))
+        strength = None if self.write_strength is None else change(self.write_strength)
+        return LayerState(change(self.keys), change(self.values), strength, memory)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, absent ones left out."""
+        named = {"keys": self.keys, "values": self.values, "write_strength": self.write_strength}
+        if self.memory is not None:
+            named |= self.memory._asdict()
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, named: dict[str, Tensor]) -> "LayerState":
+        """The inverse of `tensors`."""
+        memory = MemoryState(named["matrix"], named.get("normalizer")) if "matrix" in named else None
+        return cls(named["keys"], named["values"], named.get("write_strength"), memory)
+
+
+@dataclass(frozen=True)
+class InfiniState(StreamState):
+    """State of a batch of streams: a `LayerState` per layer and three counters per row.
+
+    Attributes:
+        layers: one `LayerState` per layer.
+        open_length: int64 `[batch]`, on the CPU: tokens of the segment that is not full yet.
+        tokens_seen: int64 `[batch]`, on the CPU: tokens since the document began.
+        empty: bool `[batch]`, on the CPU: nothing has been written since the document began.
+        shape: the model shape that it belongs to, see `InfiniTransformer.state_shape`.
+
+    Example:
+        >>> from infini import InfiniConfig, InfiniTransformer
+        >>> model = InfiniTransformer(InfiniConfig(hidden_size=32, num_hidden_layers=1, segment_length=4))
+        >>> _, short = model(torch.zeros(1, 9, dtype=torch.long))
+        >>> _, long = model(torch.zeros(1, 900, dtype=torch.long))
+        >>> short.nbytes == long.nbytes == model.state_bytes(900)  # a state does not grow with the text
+        True
+    """
+
+    format: ClassVar[str] = "infini-state-1"
+    layer_class: ClassVar[type[LayerTensors]] = LayerState
+    counters: ClassVar[dict[str, int | bool]] = {"open_length": 0, "tokens_seen": 0, "empty": True}
+
+    layers: tuple[LayerState, ...]
+    open_length: Tensor
+    tokens_seen: Tensor
+    empty: Tensor
+    shape: str

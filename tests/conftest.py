@@ -1,7 +1,13 @@
-"""What every test shares: a fixed seed, and no GPU tests without a GPU."""
+"""What every test shares: a fixed seed, no GPU tests without a GPU, and kernels that are interpreted then."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, which any test may do.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +19,22 @@ def seeded():
 def needs_gpu(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def kernel_device():
+    """Where Triton's kernels run in a test: on the GPU, or interpreted on the CPU."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        # The interpreter's numbers are arrays of one element, which NumPy since 2.4 does not take for an integer.
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+    return torch.device("cpu")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"infini": ROOT / "infini", "infini.tasks": ROOT / "tasks"}
+FOLDERS = {"infini": ROOT / "infini", "infini.tasks": ROOT / "tasks", "baselines": ROOT / "baselines"}
 
 
 def with_examples():

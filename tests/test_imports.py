@@ -15,11 +15,13 @@ ROOMS = {"infini": ROOT / "infini", "infini.tasks": ROOT / "tasks", "baselines":
 # A module imports from lower lines only, or from its own package.
 LEVELS = [
     {"cli"},
-    {"bench", "testing"},
+    {"bench"},
+    {"testing"},
     {"hf", "evaluate"},
     {"train", "session", "loading"},
     {"model", "data", "report"},
-    {"attention", "checkpoint"},
+    {"attention", "decoder"},
+    {"checkpoint"},
     {"state"},
     {"layers", "local", "memory"},
     {"kernels", "config", "segments"},
@@ -28,12 +30,14 @@ LEVELS = [
 ]
 HEIGHT = {part: -line for line, parts in enumerate(LEVELS) for part in parts}
 OPEN_TO_TASKS = {"protocol", "session", "data", "report", "errors"}
-OPEN_TO_BASELINES = OPEN_TO_TASKS | {"local", "layers", "segments", "state", "checkpoint"}
+OPEN_TO_BASELINES = OPEN_TO_TASKS | {"local", "layers", "segments", "state", "config", "decoder"}
 # Libraries that one part of infini alone may import: the door to each.
 DOORS = {"hydra": "cli", "omegaconf": "cli", "transformers": "hf", "matplotlib": "report"}
-DOORS |= {"lm_eval": "evaluate", "flash_attn": "local"}
+DOORS |= {"lm_eval": "evaluate", "flash_attn": "local", "triton": "kernels"}
 # Slow or optional: only inside a function.
 LAZY = {"transformers", "matplotlib", "flash_attn", "lm_eval", "datasets", "tensorboard"}
+# Except in these: their package imports them where the library is installed, and does without them where it is not.
+ON_DEMAND = {f"infini.hf.{name}" for name in ("auto", "byte_tokenizer", "cache", "config", "model")} | {"infini.evaluate.lm"}
 
 
 def modules() -> dict[str, Path]:
@@ -71,7 +75,7 @@ def complaint(importer: str, name: str, at_once: bool) -> str | None:
         return "relative import"
     if top == "tests":
         return "tests are never imported"
-    if top in LAZY and at_once:
+    if top in LAZY and at_once and importer not in ON_DEMAND:
         return f"{top} is imported when the module is"
     if top in DOORS and importer.startswith("infini.") and here != DOORS[top]:
         return f"only infini.{DOORS[top]} imports {top}"
@@ -137,6 +141,7 @@ def test_there_are_no_circles():
         ("infini.train.loop", "omegaconf.DictConfig", False, "only infini.cli imports omegaconf"),
         ("infini.hf.causal_lm", "transformers.AutoModel", True, "transformers is imported when the module is"),
         ("infini.session", "tests.model", True, "tests are never imported"),
+        ("infini.attention", "triton", False, "only infini.kernels imports triton"),
         ("infini.model", ".attention.InfiniAttention", True, "relative import"),
         ("infini.model", "infini.InfiniConfig", True, "import from where a name is defined"),
     ],
@@ -163,11 +168,18 @@ assert "torch" in sys.modules
 def test_models_need_none_of_the_optional_libraries():
     code = """
 import sys
-for name in ("transformers", "datasets", "lm_eval", "hydra", "omegaconf", "matplotlib", "flash_attn", "tensorboard"):
+for name in ("transformers", "datasets", "lm_eval", "hydra", "omegaconf", "matplotlib", "flash_attn", "tensorboard", "triton"):
     sys.modules[name] = None  # importing it fails
-import torch, infini, infini.train, infini.hf.causal_lm, infini.report.render
+import torch, infini, infini.train, infini.hf.causal_lm, infini.evaluate, infini.report.render
 config = infini.InfiniConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, segment_length=4)
 model = infini.InfiniTransformer(config).eval()
 assert infini.StreamingSession(model).feed([1, 2, 3, 4, 5]).shape == (1, 256)
+for package, name, extra in ((infini.hf, "InfiniForCausalLM", "hf"), (infini.evaluate, "InfiniLM", "eval")):
+    try:
+        getattr(package, name)
+    except infini.InputError as error:
+        assert f"pip install 'infini-attention[{extra}]'" in str(error)
+    else:
+        raise AssertionError(name)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

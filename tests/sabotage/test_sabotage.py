@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 MEMORY, ATTENTION, LOCAL, SEGMENTS = (f"infini/{name}.py" for name in ("memory", "attention", "local", "segments"))
 MODEL, STATE, SESSION, CHECKPOINT = (f"infini/{name}.py" for name in ("model", "state", "session", "checkpoint"))
-REFERENCE, ROTARY = "infini/reference.py", "infini/layers/rotary.py"
+REFERENCE, ROTARY, DECODER = "infini/reference.py", "infini/layers/rotary.py", "infini/decoder.py"
 
 RULE = "tests/memory/test_write_rules.py::test_equals_the_reference"
 LINEAR, DELTA, GAMMA = (f"{RULE}[{rule}-elu-gated-started-awkward]" for rule in ("linear", "delta", "gamma_delta"))
@@ -141,7 +141,7 @@ SABOTAGES = {
         [f"{LAYER}gates_start_half_open_and_learn", "tests/model/test_model.py::test_parameters_by_hand"],
     ),
     "gate-trained-like-a-matrix": (
-        [(MODEL, 'own = ("beta", ', 'own = ("gamma", ')],
+        [(MODEL, '        "beta", "write_gate"', '        "gamma", "write_gate"')],
         ["tests/model/test_model.py::test_gates_and_memory_scales_have_a_group_of_their_own"],
     ),
     "empty-memory-mixed-in": (
@@ -173,7 +173,7 @@ SABOTAGES = {
         [f"{ANY}any_split_gives_the_same[paper-linear-12x6x3]", f"{WHOLE}from_a_state_equals_the_oracle[paper-linear-13-parallel]"],
     ),
     "turned-keys-in-memory": (
-        [(ATTENTION, "self._write(state, k, v,", "self._write(state, rotate(k, rotary), v,")],
+        [(ATTENTION, "q, k, v, strength, mixed,", "q, rotate(k, rotary), v, strength, mixed,")],
         [f"{LAYER}positions_turn_local_attention_alone", f"{WHOLE}from_nothing_equals_the_oracle[paper-linear-parallel]"],
     ),
     "rotary-exponent": (
@@ -223,7 +223,7 @@ SABOTAGES = {
         [WALK, f"{ANY}a_document_sees_nothing_before_it[paper-linear-21]"],
     ),
     "reset-changes-the-old-state": (
-        [(STATE, "self.tokens_seen.masked_fill(", "self.tokens_seen.masked_fill_(")],
+        [(STATE, "getattr(self, name).masked_fill(", "getattr(self, name).masked_fill_(")],
         [f"{VALUE}reset_empties_the_named_rows_whole"],
     ),
     "reset-by-multiplying": (
@@ -231,11 +231,11 @@ SABOTAGES = {
         [f"{VALUE}reset_forgets_an_infinite_memory_too"],
     ),
     "padding-counted-as-tokens": (
-        [(MODEL, "        if padding is not None:\n            tokens, reset,", "        if False:\n            tokens, reset,")],
+        [(DECODER, "        if padding is not None:\n            tokens, reset,", "        if False:\n            tokens, reset,")],
         [f"{ANY}padding_is_not_there[paper-linear-left-21]", f"{ANY}padding_is_not_there[paper-linear-between-4x9x1x7]"],
     ),
     "state-of-any-model-taken": (
-        [(MODEL, "if state.shape != self.state_shape:", "if False:")],
+        [(DECODER, "if state.shape != self.state_shape:", "if False:")],
         [f"{VALUE}a_state_of_another_model_batch_or_dtype_is_refused"],
     ),
     # Precision.

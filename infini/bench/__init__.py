@@ -1,0 +1,1 @@
+"""Speed and memory, timed only after the numbers match."""

@@ -1,0 +1,9 @@
+"""Triton kernels of the memory path, twins of `infini.memory`: the one door to Triton.
+
+    choice.py    which calls run on them, and why the others do not; imports no Triton
+    parts.py     what the kernels share: features and their gradient, products, places of tokens
+    outer.py     sums of feature x value over the tokens of each segment
+    scan.py      those sums over segments, before each segment and after the last
+    write.py     the write, as a custom operator: keys and values in, memories before each segment out
+    read.py      read and mix, as a custom operator: queries, memories and local output in, mixed output out
+"""

@@ -1,0 +1,101 @@
+"""Which calls run on the kernels. What they cannot do, the plain PyTorch of `infini.memory` does, and the log says why.
+
+`torch` is the plain code, `triton` the kernels, `auto` the kernels wherever they can run on a CUDA device.
+"""
+
+import functools
+import importlib.util
+import logging
+
+import torch
+
+from infini.errors import InputError
+
+BACKENDS = ("auto", "triton", "torch")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD = 256
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+log = logging.getLogger(__name__)
+
+
+def choose_memory_backend(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    update_rule: str,
+    feature_map: str,
+    head_dim: int,
+    uniform: bool,
+    traced: bool,
+) -> str:
+    """Resolve `auto` for one call of a model, and refuse a backend that cannot run it.
+
+    Args:
+        backend: one of `BACKENDS`.
+        device, dtype: of the activations.
+        update_rule, feature_map, head_dim: as in `InfiniConfig`.
+        uniform: all rows have the same segments: no padding, no document that begins inside.
+        traced: statistics of what is read are asked for; kernels do not keep it.
+
+    Raises:
+        InputError: the backend is unknown, or it is `triton` and cannot run.
+
+    Example:
+        >>> case = dict(update_rule="linear", feature_map="elu", head_dim=64, uniform=True, traced=False)
+        >>> choose_memory_backend("auto", torch.device("cpu"), torch.float32, **case)
+        'torch'
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"the memory backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "torch":
+        return backend
+    why_not = _why_not(device, dtype, update_rule, feature_map, head_dim, uniform, traced)
+    if backend == "triton" and why_not:
+        raise InputError(f"the memory backend 'triton' cannot run: {why_not}. Use 'auto' or 'torch'")
+    if why_not is None and (backend == "triton" or device.type == "cuda"):
+        announce(device.type, dtype, "triton", None)
+        return "triton"
+    announce(device.type, dtype, "torch", why_not if device.type == "cuda" else None)
+    return "torch"
+
+
+@functools.cache
+def announce(device: str, dtype: torch.dtype, backend: str, why: str | None) -> None:
+    """Log, once for each combination, which backend runs and why."""
+    log.info("memory on %s in %s: %s%s", device, dtype, backend, f" ({why})" if why else "")
+
+
+def _why_not(device, dtype, update_rule, feature_map, head_dim, uniform, traced) -> str | None:
+    if dtype not in DTYPES:
+        return f"the kernels compute in float32, bfloat16 or float16, not {dtype}"
+    if update_rule != "linear" or feature_map != "elu":
+        return f"there are kernels for update_rule 'linear' with feature_map 'elu', not for {update_rule!r} with {feature_map!r}"
+    if head_dim > LARGEST_HEAD:
+        return f"heads may be {LARGEST_HEAD} wide, not {head_dim}"
+    if not uniform:
+        return "rows differ in length, or a document begins inside one"
+    if traced:
+        return "statistics of what is read are asked for"
+    return _machine_lacks(device)
+
+
+@functools.cache
+def _machine_lacks(device: torch.device) -> str | None:
+    """What the machine lacks; importing the kernels registers their operators."""
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        if torch.version.cuda is None:
+            return "the kernels are made for NVIDIA GPUs"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "the GPU is older than Ampere"
+    from infini.kernels.parts import INTERPRETED
+
+    if device.type != "cuda" and not INTERPRETED.value:
+        return f"Triton needs a CUDA device, not {device.type}, or its interpreter (TRITON_INTERPRET=1)"
+    import infini.kernels.read
+    import infini.kernels.write  # noqa: F401
+
+    return None

@@ -1,0 +1,123 @@
+"""Sums over the tokens of each segment: M = sum a f y^T and z = sum c f, with f = sigma(x).
+
+With a = c = w, keys and values it is the write, equation (4) of arXiv:2404.07143; with the weights that the backward pass of
+the read leaves behind, queries and output gradients, it is the gradient of the memories that were read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infini.kernels.parts import features, load_scale, load_tile, normalized, product, rounded, tokens_of
+from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
+
+# Two for each processor of the largest GPUs; pieces of a segment of fewer tokens would write more sums than they read tokens.
+ENOUGH_PROGRAMS, SMALLEST_PIECE = 264, 512
+
+
+@triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
+def outer_kernel(
+    x, y, weights, z_weights, scale, bias, matrices, normalizers,
+    x_batch, x_token, x_head, y_batch, y_token, y_head,
+    length, offset, segments, slots, segment_length, groups, eps,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, SHARED_BY: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One program: one segment, one memory, BV columns. WEIGHTS: 0 none, 1 a = c, 2 both."""
+    program, wide_block = tl.program_id(0), tl.program_id(1)
+    group, segment, b = program % groups, program // groups % segments, (program // groups // segments).to(tl.int64)
+    columns, wide = tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
+    inside, inside_wide = columns < D, wide < D
+    first, last = tokens_of(segment, 0, segment_length, segment_length, offset, length)
+    matrix, normalizer = tl.zeros([BD, BV], tl.float32), tl.zeros([BD], tl.float32)
+    for member in range(SHARED_BY):
+        head = group * SHARED_BY + member
+        head_scale, head_bias = load_scale(scale, bias, head, columns, inside, D, NORM)
+        for start in range(first, last, BT):
+            tokens = start + tl.arange(0, BT)
+            valid = tokens < last
+            x_tile = load_tile(x + b * x_batch + head * x_head, x_token, tokens, columns, valid, inside)
+            y_tile = load_tile(y + b * y_batch + head * y_head, y_token, tokens, wide, valid, inside_wide)
+            normal, inverse = normalized(x_tile, eps, D, NORM)
+            f = features(normal, head_scale, head_bias, valid, NORM)
+            place = (b * length + tokens) * (groups * SHARED_BY) + head
+            if WEIGHTS > 0:
+                weighted = f * tl.load(weights + place, mask=valid, other=0.0)[:, None]
+            else:
+                weighted = f
+            # M and z of a write must be sums of the same features: then rounding is a slightly other key, no more.
+            if WEIGHTS == 2:
+                normalizer += tl.sum(f * tl.load(z_weights + place, mask=valid, other=0.0)[:, None], axis=0)
+            else:
+                normalizer += tl.sum(rounded(weighted, EXACT), axis=0)
+            matrix = product(tl.trans(weighted), y_tile, matrix, EXACT)
+    memory = (b * slots + segment) * groups + group
+    at = matrices + memory * D * D + columns[:, None] * D + wide[None, :]
+    tl.store(at, matrix, mask=inside[:, None] & inside_wide[None, :])
+    if wide_block == 0:
+        tl.store(normalizers + memory * D + columns, normalizer, mask=inside)
+
+
+def sum_outer(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    z_weights: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    offset: int,
+    segments: int,
+    slots: int,
+    segment_length: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """M `[b, slots, groups, d, d]` and z `[b, slots, groups, d]` in fp32; the first `segments` of the slots are filled.
+
+    Args:
+        x, y: `[b, tokens, heads, d]`, last axis contiguous.
+        weights, z_weights: a and c, fp32 `[b, tokens, heads]`, contiguous; c None: as a; both None: 1.
+        scale, bias: of normalized x, `[heads, d]`; None: x as it is.
+        groups: memories; head i belongs to memory i // (heads // groups).
+        offset: token at which segment 0 begins, negative where its beginning lies before the tokens.
+    """
+    batch, length, heads, dim = x.shape
+    pieces = _pieces(batch * segments * groups, segment_length)
+    if pieces > 1:
+        matrices, normalizers = sum_outer(
+            x, y, weights, z_weights, scale, bias, groups, offset, segments * pieces, segments * pieces, segment_length // pieces, eps
+        )
+        return _added_up(matrices, pieces, slots), _added_up(normalizers, pieces, slots)
+    exact = is_exact(x, y)
+    tiles = Tiles.of("outer", dim, segment_length, exact, shared_memory(x.device))
+    matrices = torch.empty(batch, slots, groups, dim, dim, dtype=torch.float32, device=x.device)
+    normalizers = torch.empty(batch, slots, groups, dim, dtype=torch.float32, device=x.device)
+    norm = scale is not None
+    with on_device_of(x):
+        outer_kernel[(batch * segments * groups, tiles.wide_blocks)](
+            x, y, weights if weights is not None else x, z_weights if z_weights is not None else x,
+            scale if norm else x, bias if norm else x, matrices, normalizers,
+            *x.stride()[:3], *y.stride()[:3],
+            length, offset, segments, slots, segment_length, groups, eps,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, SHARED_BY=heads // groups,
+            NORM=norm, WEIGHTS=(weights is not None) + (z_weights is not None), EXACT=exact,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return matrices, normalizers
+
+
+def _pieces(programs: int, segment_length: int) -> int:
+    """How many pieces a segment is cut into, so that few long segments keep all processors of a GPU busy."""
+    pieces = 1
+    while programs * pieces < ENOUGH_PROGRAMS and segment_length // pieces >= 2 * SMALLEST_PIECE and segment_length // pieces % 2 == 0:
+        pieces *= 2
+    return pieces
+
+
+def _added_up(sums: Tensor, pieces: int, slots: int) -> Tensor:
+    """The sums of `pieces` neighbors each, in the first of `slots` places."""
+    whole = sums.unflatten(1, (-1, pieces))
+    result = sums.new_empty(sums.shape[0], slots, *sums.shape[2:])
+    torch.sum(whole, dim=2, out=result[:, : whole.shape[1]])
+    return result

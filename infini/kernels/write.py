@@ -1,0 +1,221 @@
+"""The `linear` write of whole segments as a custom operator, with its gradient.
+
+Keys are read twice in training (forward and backward), values too; features are never stored.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infini.kernels.outer import sum_outer
+from infini.kernels.parts import (
+    features,
+    load_matrix,
+    load_scale,
+    load_tile,
+    matrix_product,
+    normalized,
+    store_tile,
+    through_norm,
+    tokens_of,
+)
+from infini.kernels.scan import scan
+from infini.kernels.tiles import PART, Tiles, is_exact, on_device_of, parts_of, shared_memory
+
+
+@torch.library.custom_op("infini::write_linear", mutates_args=())
+def write_linear(
+    k: Tensor,
+    v: Tensor,
+    strength: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    matrix: Tensor,
+    normalizer: Tensor,
+    offset: int,
+    written: int,
+    slots: int,
+    segment_length: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write segment after segment, equation (4) of arXiv:2404.07143: `memory.write_segments` of uniform rows.
+
+    Args:
+        k, v: `[b, tokens, g, d]` in fp32, bf16 or fp16, last axis contiguous.
+        strength: w, fp32 `[b, tokens, g]`; None: 1.
+        scale, bias: `[g, d]`, for keys divided by their root mean square; None: keys as they are.
+        matrix, normalizer: the memory before, fp32 `[b, g, d, d]` and `[b, g, d]`.
+        offset: token at which segment 0 begins.
+        written: full segments.
+        slots: memories to give, `written` or one more (of the open segment at the end).
+        segment_length: tokens of a segment.
+        eps: of the root mean square.
+
+    Returns:
+        M `[b, slots, g, d, d]` and z `[b, slots, g, d]` before each segment, M and z after the last written one.
+    """
+    k, v = _last_axis_contiguous(k), _last_axis_contiguous(v)
+    strength = None if strength is None else strength.contiguous()
+    matrices, normalizers = sum_outer(
+        k, v, strength, None, scale, bias, k.shape[2], offset, written, slots, segment_length, eps
+    )
+    before, after = scan(matrices, matrix, written, in_place=True)
+    z_before, z_after = scan(normalizers, normalizer, written, in_place=True)
+    return before, z_before, after, z_after
+
+
+@write_linear.register_fake
+def _(k, v, strength, scale, bias, matrix, normalizer, offset, written, slots, segment_length, eps):
+    batch, _, groups, dim = k.shape
+    return (
+        matrix.new_empty(batch, slots, groups, dim, dim),
+        matrix.new_empty(batch, slots, groups, dim),
+        matrix.new_empty(batch, groups, dim, dim),
+        matrix.new_empty(batch, groups, dim),
+    )
+
+
+@triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
+def write_backward_kernel(
+    k, v, strength, scale, bias, d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
+    k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head,
+    length, offset, segments, slots, parts, segment_length, groups, eps,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One program: a part of one segment of one memory. dv = f dM; the gradient of f is v dM^T + dz."""
+    program = tl.program_id(0)
+    group, part, segment = program % groups, program // groups % parts, program // groups // parts % segments
+    b = (program // groups // parts // segments).to(tl.int64)
+    columns = tl.arange(0, BD)
+    inside = columns < D
+    first, last = tokens_of(segment, part, segment_length, PART, offset, length)
+    memory = (b * slots + segment) * groups + group
+    dz = tl.load(d_normalizers + memory * D + columns, mask=inside, other=0.0)
+    key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
+    scale_sum, bias_sum = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    if BV == BD:
+        high, low = load_matrix(d_matrices + memory * D * D, columns, columns, inside, inside, D, EXACT)
+    for start in range(first, last, BT):
+        tokens = start + tl.arange(0, BT)
+        valid = tokens < last
+        x = load_tile(k + b * k_batch + group * k_head, k_token, tokens, columns, valid, inside)
+        normal, inverse = normalized(x, eps, D, NORM)
+        sigma = features(normal, key_scale, key_bias, valid, NORM)
+        w = tl.full([BT], 1.0, tl.float32)
+        if WEIGHTED:
+            place = (b * length + tokens) * groups + group
+            w = tl.load(strength + place, mask=valid, other=0.0)
+        d_sigma = tl.zeros([BT, BD], tl.float32) + dz[None, :]
+        dw = tl.sum(sigma * dz[None, :], axis=1)
+        for block in tl.range(0, BD // BV, num_stages=1):
+            wide = block * BV + tl.arange(0, BV)
+            inside_wide = wide < D
+            if BV < BD:
+                high, low = load_matrix(d_matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
+            y = load_tile(v + b * v_batch + group * v_head, v_token, tokens, wide, valid, inside_wide)
+            read = matrix_product(sigma, high, low, tl.zeros([BT, BV], tl.float32), EXACT)
+            store_tile(dv + b * dk_batch + group * dk_head, dk_token, tokens, wide, valid, inside_wide, w[:, None] * read)
+            dw += tl.sum(read * y, axis=1)
+            d_sigma = matrix_product(y, tl.trans(high), tl.trans(low), d_sigma, EXACT)
+        if WEIGHTED:
+            tl.store(d_strength + place, dw, mask=valid)
+        dx = w[:, None] * d_sigma * tl.minimum(sigma, 1.0)
+        if NORM:
+            scale_sum += tl.sum(dx * normal, axis=0)
+            bias_sum += tl.sum(dx, axis=0)
+        dx = through_norm(dx, normal, inverse, key_scale, D, NORM)
+        store_tile(dk + b * dk_batch + group * dk_head, dk_token, tokens, columns, valid, inside, dx)
+    if NORM:
+        tl.store(d_scale + program.to(tl.int64) * D + columns, scale_sum, mask=inside)
+        tl.store(d_bias + program.to(tl.int64) * D + columns, bias_sum, mask=inside)
+
+
+@torch.library.custom_op("infini::write_linear_backward", mutates_args=())
+def write_linear_backward(
+    k: Tensor,
+    v: Tensor,
+    strength: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    d_before: Tensor,
+    dz_before: Tensor,
+    d_after: Tensor,
+    dz_after: Tensor,
+    offset: int,
+    written: int,
+    segment_length: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v, strength, scale, bias, matrix and normalizer; empty where there was None."""
+    batch, length, groups, dim = k.shape
+    k, v = _last_axis_contiguous(k), _last_axis_contiguous(v)
+    strength = None if strength is None else strength.contiguous()
+    # An addition is in every memory behind its segment.
+    d_matrices, d_matrix = scan(d_before.contiguous(), d_after, d_before.shape[1], reverse=True)
+    d_normalizers, d_normalizer = scan(dz_before.contiguous(), dz_after, d_before.shape[1], reverse=True)
+    # What is not written has no gradient, and no program.
+    new = torch.empty if written * segment_length == length else torch.zeros
+    dk, dv = (new(k.shape, dtype=x.dtype, device=k.device) for x in (k, v))
+    d_strength = new(k.shape[:3] if strength is not None else 0, dtype=torch.float32, device=k.device)
+    exact, parts, norm = is_exact(k, v), parts_of(segment_length), scale is not None
+    tiles = Tiles.of("backward", dim, segment_length, exact, shared_memory(k.device))
+    sums = (batch, written, parts, groups, dim) if norm else (0,)
+    d_scale, d_bias = (torch.empty(sums, dtype=torch.float32, device=k.device) for _ in range(2))
+    with on_device_of(k):
+        write_backward_kernel[(batch * written * parts * groups,)](
+            k, v, strength if strength is not None else k, scale if norm else k, bias if norm else k,
+            d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
+            *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
+            length, offset, written, d_before.shape[1], parts, segment_length, groups, eps,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=segment_length if parts == 1 else PART,
+            NORM=norm, WEIGHTED=strength is not None, EXACT=exact, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    if norm:
+        d_scale, d_bias = d_scale.sum(dim=(0, 1, 2)).to(scale.dtype), d_bias.sum(dim=(0, 1, 2)).to(bias.dtype)
+    return dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer
+
+
+@write_linear_backward.register_fake
+def _(k, v, strength, scale, bias, d_before, dz_before, d_after, dz_after, offset, written, segment_length, eps):
+    none = d_after.new_empty(0)
+    return (
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        none if strength is None else d_after.new_empty(k.shape[:3]),
+        d_after.new_empty(0) if scale is None else scale.new_empty(scale.shape),
+        d_after.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+        d_after.new_empty(d_after.shape),
+        dz_after.new_empty(dz_after.shape),
+    )
+
+
+def _save(ctx, inputs, output):
+    k, v, strength, scale, bias, _, _, ctx.offset, ctx.written, _, ctx.segment_length, ctx.eps = inputs
+    ctx.save_for_backward(k, v, strength, scale, bias)
+
+
+def _backward(ctx, d_before, dz_before, d_after, dz_after):
+    k, v, strength, scale, bias = ctx.saved_tensors
+    dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer = write_linear_backward(
+        k, v, strength, scale, bias, d_before, dz_before, d_after, dz_after,
+        ctx.offset, ctx.written, ctx.segment_length, ctx.eps,
+    )  # fmt: skip
+    return (
+        dk,
+        dv,
+        None if strength is None else d_strength,
+        None if scale is None else d_scale,
+        None if bias is None else d_bias,
+        d_matrix,
+        d_normalizer,
+        *[None] * 5,
+    )
+
+
+write_linear.register_autograd(_backward, setup_context=_save)
+
+
+def _last_axis_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

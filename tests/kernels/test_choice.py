@@ -1,0 +1,184 @@
+"""Which calls run on the kernels, and that a model computes the same whatever the choice."""
+
+import logging
+
+import pytest
+import torch
+
+from infini import InfiniConfig, InfiniTransformer, InputError
+from infini.kernels import choice
+from infini.kernels.choice import choose_memory_backend
+from infini.testing import assert_witnessed
+
+CASE = {"update_rule": "linear", "feature_map": "elu", "head_dim": 64, "uniform": True, "traced": False}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LONG = {"write_gate": True, "qk_norm": True, "local_attention": "sliding"}
+
+
+def make(backend, device, **changes):
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    config = InfiniConfig(**shape | {"segment_length": 16, "num_key_value_heads": 1, "initializer_range": 0.3} | changes)
+    model = InfiniTransformer(config, "eager", backend).to(device)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.beta.normal_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "why"),
+    [
+        ({"update_rule": "delta"}, torch.float32, "not for 'delta' with 'elu'"),
+        ({"feature_map": "dpfp"}, torch.float32, "not for 'linear' with 'dpfp'"),
+        ({"head_dim": 258}, torch.float32, "256 wide, not 258"),
+        ({"uniform": False}, torch.float32, "rows differ in length"),
+        ({"traced": True}, torch.float32, "statistics"),
+        ({}, torch.float64, "not torch.float64"),
+    ],
+)
+def test_what_kernels_cannot_do_is_refused_or_logged(changes, dtype, why, caplog):
+    with pytest.raises(InputError, match=why):
+        choose_memory_backend("triton", CUDA, dtype, **CASE | changes)
+    choice.announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger="infini"):
+        assert choose_memory_backend("auto", CUDA, dtype, **CASE | changes) == "torch"
+    assert why in caplog.text
+
+
+def test_a_machine_without_triton(monkeypatch):
+    monkeypatch.setattr(choice, "HAS_TRITON", False)
+    choice._machine_lacks.cache_clear()
+    with pytest.raises(InputError, match="triton is not installed"):
+        choose_memory_backend("triton", CPU, torch.float32, **CASE)
+    assert choose_memory_backend("auto", CPU, torch.float32, **CASE) == "torch"
+    choice._machine_lacks.cache_clear()
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(InputError, match="choose one of auto, triton, torch"):
+        choose_memory_backend("cuda", CPU, torch.float32, **CASE)
+
+
+def test_on_a_cpu_auto_is_the_plain_code():
+    assert choose_memory_backend("auto", CPU, torch.float32, **CASE) == "torch"
+
+
+def test_a_model_falls_back_where_rows_differ(kernel_device):
+    tokens, padding = torch.randint(256, (2, 20), device=kernel_device), torch.zeros(2, 20, dtype=torch.bool, device=kernel_device)
+    padding[0, :3] = True
+    with pytest.raises(InputError, match="rows differ in length"):
+        make("triton", kernel_device)(tokens, padding=padding)
+    with torch.no_grad():
+        found, plain = (make(backend, kernel_device)(tokens, padding=padding)[0] for backend in ("auto", "torch"))
+    assert torch.equal(found, plain)
+
+
+class Spy:
+    """Counts calls of the operators."""
+
+    def __init__(self, monkeypatch):
+        from infini.kernels import read, write
+
+        self.calls = {"read": 0, "write": 0}
+        for name, module, function in (("read", read, "read_and_mix"), ("write", write, "write_linear")):
+            monkeypatch.setattr(module, function, self.counted(name, getattr(module, function)))
+
+    def counted(self, name, function):
+        def call(*arguments):
+            self.calls[name] += 1
+            return function(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("changes", [{}, LONG], ids=["paper", "long"])
+def test_logits_state_and_gradients_of_a_model(changes, kernel_device, monkeypatch):
+    """A first piece that ends inside a segment, then one that fills it and opens another."""
+    spy = Spy(monkeypatch)
+    tokens = torch.randint(256, (1, 45), device=kernel_device)
+
+    def run(model):
+        first, state = model(tokens[:, :23])
+        rest, state = model(tokens[:, 23:], state)
+        logits = torch.cat([first, rest], dim=1)
+        layer = state.layers[1].memory
+        loss = logits.double().square().mean() + layer.matrix.double().mean() + layer.normalizer.double().mean()
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        return {"logits": logits, "M": layer.matrix, "z": layer.normalizer} | gradients
+
+    found = run(make("triton", kernel_device, **changes))
+    assert spy.calls == {"read": 4, "write": 4}
+    plain, oracle = run(make("torch", kernel_device, **changes)), run(make("torch", "cpu", **changes).double())
+    for name, true in oracle.items():
+        assert_witnessed(name, found[name], plain[name], true)
+
+
+@torch.no_grad()
+def test_token_by_token(kernel_device, monkeypatch):
+    spy = Spy(monkeypatch)
+    fast, plain = make("triton", kernel_device, **LONG), make("torch", kernel_device, **LONG)
+    tokens = torch.randint(256, (1, 21), device=kernel_device)
+    whole, state = plain(tokens)
+    steps, now = [], None
+    logits, now = fast(tokens[:, :14], now)
+    for token in tokens[:, 14:].split(1, dim=1):
+        step, now = fast(token, now)
+        steps.append(step)
+    torch.testing.assert_close(torch.cat([logits, *steps], dim=1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(now.layers[0].memory.matrix, state.layers[0].memory.matrix)
+    assert spy.calls == {"read": 2 * 5, "write": 2}
+
+
+def test_a_silenced_memory_is_written_and_not_read(kernel_device):
+    fast, plain = make("triton", kernel_device, gate_when_empty=True), make("torch", kernel_device, gate_when_empty=True)
+    tokens = torch.randint(256, (1, 35), device=kernel_device)
+    (found, state), (expected, other) = (model(tokens, memory=False) for model in (fast, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state.layers[0].memory.matrix, other.layers[0].memory.matrix)
+
+
+def test_recomputed_gradients_are_the_same(kernel_device):
+    tokens, found = torch.randint(256, (1, 35), device=kernel_device), []
+    for recompute in (False, True):
+        model = make("triton", kernel_device, num_hidden_layers=1, **LONG)
+        model.enable_recompute(recompute)
+        model(tokens)[0].square().mean().backward()
+        found.append(model.blocks[0].attention.k_proj.weight.grad)
+    assert torch.equal(*found)
+
+
+def test_under_autocast_the_state_is_fp32(kernel_device):
+    model, tokens = make("triton", kernel_device, num_hidden_layers=1, **LONG), torch.randint(256, (1, 35), device=kernel_device)
+    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        logits, state = model(tokens)
+    logits.float().square().mean().backward()
+    assert state.layers[0].memory.matrix.dtype == torch.float32
+    exact = make("torch", "cpu", num_hidden_layers=1, **LONG).double()
+    exact(tokens.cpu())[0].square().mean().backward()
+    for (name, mine), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        apart = (mine.grad.double().cpu() - other.grad).norm() / other.grad.norm()
+        assert apart < 0.1, f"{name}: {apart:.3f}"
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
+@pytest.mark.parametrize(
+    ("dynamic", "lengths"),
+    [(False, [35]), pytest.param(True, [35, 52], marks=pytest.mark.slow)],  # a minute: shapes are symbols
+    ids=["one-length", "any-length"],
+)
+def test_a_block_compiles_to_one_graph(dynamic, lengths, kernel_device):
+    """Forward and backward."""
+    plain = make("triton", kernel_device, num_hidden_layers=1, **LONG)
+    compiled = make("triton", kernel_device, num_hidden_layers=1, **LONG)
+    compiled.blocks[0].compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length in lengths:
+        tokens, found = torch.randint(256, (1, length), device=kernel_device), []
+        for model in (plain, compiled):
+            model.zero_grad()
+            logits, _ = model(tokens)
+            logits.square().mean().backward()
+            found.append((logits, model.blocks[0].attention.key_scale.grad))
+        for mine, other in zip(*found, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
