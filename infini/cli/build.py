@@ -3,9 +3,12 @@
 import dataclasses
 import difflib
 import importlib
+import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
+from importlib.resources import files
 from typing import Any, Literal, Union
 
 from infini.errors import InputError
@@ -23,8 +26,12 @@ def locate(target: str) -> Any:
     """
     if not target.startswith(ROOMS):
         raise InputError(f"_target_ is {target!r}: it must name something of infini or baselines")
-    if target.startswith("baselines.") and checkout() is None:
-        raise InputError(f"{target} is part of the checkout, not of the wheel: {CHECKOUT_HINT}")
+    if target.startswith("baselines."):
+        root = checkout()
+        if root is None:
+            raise InputError(f"{target} is part of the checkout, not of the wheel: {CHECKOUT_HINT}")
+        if str(root) not in sys.path:  # an editable installation shows infini alone
+            sys.path.append(str(root))
     module, _, name = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -34,6 +41,23 @@ def locate(target: str) -> Any:
     except AttributeError:
         pass
     raise InputError(f"_target_ is {target!r}: there is no such name")
+
+
+def model_class(model_type: str) -> Any:
+    """The class of the models whose checkpoints say `model_type`: what conf/model/MODEL_TYPE.yaml names as `_model_`.
+
+    >>> model_class("infini").__name__
+    'InfiniTransformer'
+
+    Raises:
+        InputError: there is no such model, or it needs the checkout.
+    """
+    if model_type == "infini":
+        return locate("infini.model.InfiniTransformer")
+    values = files("infini.conf") / "model" / f"{model_type}.yaml"
+    if not re.fullmatch(r"\w+", model_type) or not values.is_file():
+        raise InputError(f"model_type is {model_type!r}, which is no model of this library: see conf/model")
+    return locate(re.search(r"^_model_: (\S+)", values.read_text(), re.MULTILINE)[1])
 
 
 def build(where: str, node: Mapping[str, Any]) -> Any:

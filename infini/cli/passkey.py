@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from infini.cli.build import fill, locate
+from infini.cli.build import fill, locate, model_class
 from infini.cli.compose import MODULE, compose
 from infini.errors import InputError
 from infini.report.record import make_record, read_record, write_record
@@ -85,10 +85,11 @@ def _load(command: Command) -> tuple:
         from infini.hf.causal_lm import load_causal_lm
 
         return load_causal_lm(command.hf, device, dtype)
+    from infini import checkpoint
     from infini.data.tokenizer import load_tokenizer
-    from infini.loading import load
 
-    model = load(command.checkpoint, device, dtype)
+    folder = checkpoint.resolve(command.checkpoint)
+    model = model_class(str(checkpoint.model_type(folder))).from_pretrained(folder, device, dtype)
     return model, load_tokenizer(model.config)
 
 

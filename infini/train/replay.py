@@ -16,9 +16,9 @@ import torch
 
 from infini.data.batch import Batch
 from infini.errors import InputError
-from infini.state import InfiniState, LayerState
+from infini.state import LayerTensors, StreamState
 from infini.train.long_gap import Crossing, carry_on, cross
-from infini.train.loss import LossSums, loss_of_span
+from infini.train.loss import LossSums, loss_of_span, read_span
 
 Span = tuple[int, int]
 
@@ -38,40 +38,45 @@ class Replay:
             through at most so many segments and from a loss to none before the last such border. A multiple of ``group``.
             None: through the whole row. A gap counts nothing.
         checkpoints: ``every`` or ``sqrt``, which groups' states are kept.
+        gap_read_segments: most segments of a gap that are read, see :func:`infini.train.long_gap.cross`.
     """
 
     segment_length: int
     group: int
     bptt_segments: int | None = None
     checkpoints: str = "every"
+    gap_read_segments: int | None = None
 
-    def loss(self, model: Callable, batch: Batch) -> LossSums:
+    def loss(self, model: Callable, batch: Batch, state: StreamState | None = None) -> LossSums:
         """The batch's loss, group after group; without gradient, or it would hold everything after all."""
-        state, total = None, None
+        total = None
         with torch.no_grad():
             for span in self._spans(batch):
                 if self._follows_gap(batch, span):
-                    state = cross(model, batch, state).end
+                    state = cross(model, batch, state, self.gap_read_segments).end
                 sums, state = loss_of_span(model, batch, *span, state)
                 total = sums if total is None else total.plus(sums)
         return total
 
-    def learn(self, model: Callable, batch: Batch, weigh: Callable[[LossSums], torch.Tensor]) -> LossSums:
+    def learn(
+        self, model: Callable, batch: Batch, weigh: Callable[[LossSums], torch.Tensor], state: StreamState | None = None
+    ) -> tuple[LossSums, StreamState]:
         """Add the gradient of ``weigh(sums)`` to the parameters.
 
         Args:
             model: see :func:`infini.train.long_gap.gap_loss_of`.
             batch: on the model's device, with or without a gap.
             weigh: makes the sums one number; must be linear in them, because it is taken group by group.
+            state: what the model carries of the text before, detached; None at the start of a text.
 
         Returns:
-            The batch's sums, detached.
+            The batch's sums and the state behind it, detached.
         """
-        state, total = None, None
+        total = None
         for block in self._blocks(batch):
             sums, state = self._learn_block(model, batch, weigh, block, state)
             total = sums if total is None else total.plus(sums)
-        return total
+        return total, state
 
     def _spans(self, batch: Batch) -> list[Span]:
         """First and last border of each group; a gap parts the group that it falls into."""
@@ -97,18 +102,18 @@ class Replay:
         batch: Batch,
         weigh: Callable[[LossSums], torch.Tensor],
         spans: list[Span],
-        state: InfiniState | None,
-    ) -> tuple[LossSums, InfiniState]:
+        state: StreamState | None,
+    ) -> tuple[LossSums, StreamState]:
         """Gradients of the spans' losses from the detached ``state`` on; the sums and the detached state behind."""
         last = len(spans) - 1
         spacing = 1 if self.checkpoints == "every" else math.isqrt(last) + 1
         crossing: Crossing | None = None
-        kept: dict[int, InfiniState | None] = {}  # states before spans, and before the gap that they may follow
+        kept: dict[int, StreamState | None] = {}  # states before spans, and before the gap that they may follow
         for i, span in enumerate(spans):
             if i % spacing == 0:
                 kept[i] = state
             if self._follows_gap(batch, span):
-                crossing = cross(model, batch, state)
+                crossing = cross(model, batch, state, self.gap_read_segments)
             if i < last:  # the last is read with gradient straight away
                 state = self._read(model, batch, span, state, crossing)
 
@@ -120,7 +125,7 @@ class Replay:
                 states.append(self._read(model, batch, spans[i], states[-1], crossing))
             while states:
                 i = first + len(states) - 1
-                # Before the first span the gradient stops: there the text begins, or it is truncated.
+                # Before the first span the gradient stops: there the text or the batch begins, or it is truncated.
                 state, leaves = (states.pop(), []) if i == 0 else _leaves(states.pop())
                 if self._follows_gap(batch, spans[i]):
                     state = carry_on(state, crossing)
@@ -140,36 +145,35 @@ class Replay:
 
     @torch.no_grad()
     def _read(
-        self, model: Callable, batch: Batch, span: Span, state: InfiniState | None, crossing: Crossing | None
-    ) -> InfiniState:
+        self, model: Callable, batch: Batch, span: Span, state: StreamState | None, crossing: Crossing | None
+    ) -> StreamState:
         """The state behind a span."""
         if self._follows_gap(batch, span):
             state = crossing.end
-        tokens = batch.tokens[:, slice(*span)]
-        return _stored(model(tokens, keep="none")[1] if state is None else model(tokens, state, keep="none")[1])
+        return _stored(read_span(model, batch, *span, state, keep="none")[1])
 
 
-def _stored(state: InfiniState) -> InfiniState:
+def _stored(state: StreamState) -> StreamState:
     """A detached copy: the state itself may be a view into the activations of a whole group, which it would keep alive."""
-    if not isinstance(state, InfiniState):
+    if not isinstance(state, StreamState):
         raise InputError(
-            f"the model carries a {type(state).__name__} and not an InfiniState; its gradient cannot be replayed: "
+            f"the model carries a {type(state).__name__} and not a StreamState; its gradient cannot be replayed: "
             "set replay_segments=null and bptt_segments=null"
         )
     return state.detach().clone()
 
 
-def _leaves(state: InfiniState) -> tuple[InfiniState, list[torch.Tensor]]:
+def _leaves(state: StreamState) -> tuple[StreamState, list[torch.Tensor]]:
     """The state with tensors that collect gradients, and these tensors in order."""
-    layers = tuple(layer.map(lambda x: x.detach().requires_grad_()) for layer in state.layers)
+    layers = tuple(layer.map(lambda x: x.detach().requires_grad_(x.is_floating_point())) for layer in state.layers)
     return replace(state, layers=layers), _tensors(layers)
 
 
-def _tensors(layers: tuple[LayerState, ...]) -> list[torch.Tensor]:
+def _tensors(layers: tuple[LayerTensors, ...]) -> list[torch.Tensor]:
     return [x for layer in layers for x in layer.tensors().values()]
 
 
-def _propagate(loss: torch.Tensor, after: InfiniState, gradients: list[torch.Tensor | None]) -> None:
+def _propagate(loss: torch.Tensor, after: StreamState, gradients: list[torch.Tensor | None]) -> None:
     """Back-propagate a group's loss and the gradients of the state behind it, in the order of `_tensors`."""
     tensors = _tensors(after.layers) if gradients else []
     pairs = [(x, g) for x, g in zip(tensors, gradients, strict=True) if g is not None and x.requires_grad]

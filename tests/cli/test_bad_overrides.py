@@ -15,7 +15,7 @@ COMPOSED = [
     ("passkey", ["grid=laptop", "depths=[0.5]"], "depths=[0.5] is of another form than the value that it replaces"),
     ("train", ["output=x", "train.stepz=3"], "nothing reads train.stepz; did you mean train.steps?"),
     ("train", [], "output is missing: give output=..."),
-    ("train", ["output=x", "model=galaxy"], "there is no model/galaxy: use one of infini_long, infini_paper"),
+    ("train", ["output=x", "model=galaxy"], "there is no model/galaxy: use one of full, infini_long,"),
 ]
 BUILT = [
     ("passkey", ["+foo=1"], "nothing reads foo"),

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from baselines.full.model import FullTransformer
+from baselines.memorizing.model import MemorizingTransformer
+from baselines.rmt.model import RecurrentMemoryTransformer
+from baselines.transformer_xl.model import TransformerXL
 from infini import InfiniConfig, InfiniTransformer
 
 
@@ -19,6 +23,8 @@ class Subject:
     """A document may begin anywhere in a piece, not only at its first token."""
     saves: bool = True
     """Its sessions can be saved."""
+    reach: int | None = None
+    """Tokens back that it is sure to see; None: all."""
     tolerance: float = 1e-9
     """Larger where the model itself computes in fp32."""
 
@@ -32,6 +38,14 @@ def infini(**changes):
     shape |= {"num_key_value_heads": 2, "segment_length": 6, "initializer_range": 0.4, "tie_word_embeddings": False}
     config = InfiniConfig(**shape | changes)
     return Subject(InfiniTransformer(config).double().eval())
+
+
+def baseline(model_class, reach=None, bounded=True, **changes):
+    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    shape |= {"segment_length": 6, "initializer_range": 0.4, "tie_word_embeddings": False}
+    model = model_class(model_class.config_class(**shape | changes)).double().eval()
+    return Subject(model, reach=reach, bounded=bounded)
 
 
 def hugging_face_llama():
@@ -62,6 +76,14 @@ SUBJECTS = {
     "long": lambda: infini(qk_norm=True, write_gate=True, local_attention="sliding", window=8),
     "one-memory-layer": lambda: infini(memory_layers=(0,), num_key_value_heads=1),
     "hf-llama": hugging_face_llama,
+    "xl": lambda: baseline(TransformerXL, memory_length=9),
+    "xl-short-cache": lambda: baseline(TransformerXL, memory_length=4, norm="post", reach=8),
+    "xl-rotary": lambda: baseline(TransformerXL, memory_length=12, positions="rotary"),
+    "memorizing": lambda: baseline(MemorizingTransformer, memory_length=6, memory_size=32, top_k=40),
+    "memorizing-evicting": lambda: baseline(MemorizingTransformer, memory_length=2, memory_size=7, top_k=3, memory_layer=0, reach=4),
+    "full": lambda: baseline(FullTransformer, bounded=False),
+    "sliding": lambda: baseline(FullTransformer, window=8, reach=14),
+    "rmt": lambda: baseline(RecurrentMemoryTransformer, num_memory_tokens=3),
 }
 
 

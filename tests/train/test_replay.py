@@ -50,7 +50,7 @@ def weigh(sums):
 
 def gradients(schedule, model, batch):
     model.zero_grad()
-    sums = schedule.learn(model, batch, weigh)
+    sums, _ = schedule.learn(model, batch, weigh)
     return sums, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -69,15 +69,17 @@ def exact_loss(monkeypatch):
     from infini.train import loss
 
     def span(model, batch, start, stop, state=None):
-        logits, state = model(batch.tokens[:, start:stop], state)
+        logits, state = loss.read_span(model, batch, start, stop, state)
         following = batch.tokens[:, start + 1 : stop + 1]
         if batch.gap is not None and stop == batch.gap.position * N:
             following = torch.cat([following[:, :-1], batch.gap.piece(0, 1)], dim=1)
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), following, reduction="none")
+        if batch.reset is not None:
+            losses = losses * ~batch.reset[:, start + 1 : stop + 1]
         return loss.LossSums(losses.sum(), (losses * batch.answer[:, start + 1 : stop + 1]).sum()), state
 
-    for module in ("infini.train.loss", "infini.train.replay", "infini.train.long_gap"):
-        monkeypatch.setattr(f"{module}.loss_of_span", span)
+    for module in ("loss", "step", "replay", "long_gap"):
+        monkeypatch.setattr(f"infini.train.{module}.loss_of_span", span)
 
 
 def assert_equal(found, expected):
@@ -362,7 +364,7 @@ def test_a_model_without_such_a_state_is_refused(tiny_model, copy_source):
         def forward(self, tokens, state=None, keep="all"):
             return None, torch.zeros(1)
 
-    with pytest.raises(InputError, match="a Tensor and not an InfiniState; .* set replay_segments=null"):
+    with pytest.raises(InputError, match="a Tensor and not a StreamState; .* set replay_segments=null"):
         Replay(N, 1).learn(KeepsNothing(), copy_source()[0].to("cpu"), weigh)
 
 

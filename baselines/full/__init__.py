@@ -1,0 +1,1 @@
+"""Plain causal attention, over the whole text or a window of it."""

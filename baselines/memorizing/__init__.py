@@ -1,0 +1,1 @@
+"""Memorizing Transformers (arXiv:2203.08913)."""

@@ -1,0 +1,1 @@
+"""Recurrent Memory Transformer (arXiv:2207.06881)."""

@@ -1,0 +1,1 @@
+"""Transformer-XL (arXiv:1901.02860)."""

@@ -1,0 +1,106 @@
+"""Attention over a segment and its cache, with relative or rotary positions."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from baselines.cache import CachePlan, cached_attention
+from baselines.config import DecoderConfig
+from baselines.transformer_xl.state import CacheLayer
+
+
+class CachedAttention(nn.Module):
+    """One attention layer of arXiv:1901.02860, over any number of segments.
+
+    Parameters (hidden size D, heads h, head width d): q_proj, k_proj, v_proj `[h d, D]`, o_proj `[D, h d]`, and with relative
+    positions r_proj `[h d, D]`, W_{k,R} of the paper. No biases; u and v are the model's.
+    """
+
+    def __init__(self, config: DecoderConfig, relative: bool):
+        super().__init__()
+        self.config = config
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        if relative:
+            self.r_proj = nn.Linear(config.hidden_size, width, bias=False)
+
+    def forward(
+        self, x: Tensor, state: CacheLayer | None, plan: CachePlan, positions, biases, use_cache: bool
+    ) -> tuple[Tensor, CacheLayer]:
+        """Attend `x` `[batch, tokens, D]` after `state`.
+
+        Args:
+            x: what the layer reads.
+            state: what the layer carried so far; None at the start (then `plan.history` is 0).
+            plan: the places of the tokens.
+            positions: with rotary positions `cache_positions`' table, with relative ones `sinusoids`.
+            biases: u and v `[h, d]`; None with rotary positions.
+            use_cache: False hides the cache.
+
+        Returns:
+            The layer's output `[batch, tokens, D]` and its new state.
+        """
+        q, k, v, cached_k, cached_v, line = project(self, x, state)
+        relative = biases is not None
+        attended = cached_attention(
+            q, k, v, cached_k, cached_v, plan,
+            rotary=None if relative else positions,
+            bias=(lambda q, keys: self._position_term(q, keys, positions, *biases)) if relative else None,
+            use_cache=use_cache,
+        )  # fmt: skip
+        return self.o_proj(attended.flatten(2)), CacheLayer(plan.recent(line))
+
+    def _position_term(self, q: Tensor, keys: int, positions: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """q + u, and ((q + v)^T W_{k,R} R_{i-j}) / sqrt(d) by the shift of the paper's appendix B."""
+        dim = self.config.head_dim
+        r = self.r_proj(positions[-keys:]).unflatten(-1, (-1, dim)).transpose(0, 1)  # distances keys - 1 to 0
+        term = (q + v[:, None]) @ r.transpose(-1, -2).to(q.dtype)
+        return q + u[:, None], shift(term) / math.sqrt(dim)
+
+
+def project(layer: nn.Module, x: Tensor, state: CacheLayer | None):
+    """Queries of `x`; keys and values of the line, as their own segment sees them and as a cache does; the line.
+
+    A cache gives no gradient to the hidden states in it: h~ = [SG(h); h]. Its keys and values are projected anew, so that the
+    weights get theirs.
+    """
+    dim = layer.config.head_dim
+    line = x if state is None else torch.cat([state.hidden.to(x.dtype), x], dim=1)
+    q = layer.q_proj(x).unflatten(-1, (-1, dim))
+    k, v = (proj(line).unflatten(-1, (-1, dim)) for proj in (layer.k_proj, layer.v_proj))
+    if not torch.is_grad_enabled():
+        return q, k, v, k, v, line
+    stopped = line.detach()
+    cached_k, cached_v = (proj(stopped).unflatten(-1, (-1, dim)) for proj in (layer.k_proj, layer.v_proj))
+    return q, k, v, cached_k, cached_v, line
+
+
+def shift(term: Tensor) -> Tensor:
+    """From columns by distance, falling to 0, to columns by key: `[..., queries, keys]`; the last query is at the last key.
+
+    What stands at keys behind their query has no meaning.
+
+    Example:
+        >>> distance = torch.tensor([[2, 1, 0]]).repeat(3, 1)
+        >>> shift(distance)  # query i and key j are i - j apart
+        tensor([[0, 0, 2],
+                [1, 0, 0],
+                [2, 1, 0]])
+    """
+    *rest, queries, keys = term.shape
+    padded = torch.cat([term.new_zeros(*rest, queries, 1), term], dim=-1)
+    return padded.reshape(*rest, keys + 1, queries)[..., 1:, :].reshape(term.shape)
+
+
+def sinusoids(distances: int, dim: int, clamp: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """R for the distances `distances - 1` to 0, `[distances, dim]`: sines, then cosines, of distance / 10000^(2i / dim)."""
+    distance = torch.arange(distances - 1, -1, -1, dtype=torch.float64, device=device)
+    if clamp is not None:
+        distance = distance.clamp(max=clamp)
+    frequency = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    angle = distance[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :dim].to(dtype)
