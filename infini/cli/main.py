@@ -9,6 +9,9 @@ from infini.errors import InputError
 
 COMMANDS = {  # name -> what it does; infini.cli.NAME.run(arguments) is imported when it is asked for
     "passkey": "look for a pass key hidden in long texts, with any checkpoint",
+    "generate": "read a file of any size, then answer questions about it",
+    "capacity": "how many facts a memory holds, and how long",
+    "drift": "the error of an fp32 memory after a long stream",
     "train": "train a model (-m: a sweep over several)",
     "report": "render tables and pictures from the records of runs",
 }

@@ -48,6 +48,8 @@ def load_causal_lm(
         raise InputError(
             f"{folder} is no causal language model that transformers can load: {first_line}"
         ) from error
+    if model.config.model_type == "infini":
+        raise InputError(f"{folder} is a checkpoint of this library; load it with infini.load, or give checkpoint= in place of hf=")
     return HuggingFaceCausalLM(model).to(device).eval(), HuggingFaceTokenizer(tokenizer)
 
 

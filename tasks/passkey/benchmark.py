@@ -123,7 +123,7 @@ def run(model, tokenizer, settings: PasskeyBenchmark, output: Path) -> list[dict
         )
     haystack = Haystack.load(settings.haystack, tokenizer, needle_kind(settings.needle).filler)
     for length, depth in settings.cells():  # a length that is too short is found before any work
-        for asked in _asked(settings, haystack, length, depth):
+        for asked in draw_questions(settings, haystack, length, depth):
             check_length(tokenizer, length, asked.quiz)
 
     device = next(model.parameters()).device
@@ -173,7 +173,7 @@ def _identity(model, settings, haystack, device) -> dict:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Question:
     """A prompt that is not built yet."""
 
     key: int
@@ -181,18 +181,18 @@ class _Asked:
     quiz: Quiz
 
 
-def _asked(settings, haystack, length, depth) -> list[_Asked]:
-    # Drawn from the cell's own values, so a cell is the same whatever other cells are asked for.
+def draw_questions(settings: PasskeyBenchmark, haystack: Haystack, length: int, depth: float) -> list[Question]:
+    """What one cell asks, `settings.samples` times; the same for the same values, whatever other cells there are."""
     random = np.random.default_rng((settings.seed, length, round(depth * 10**9)))
     keys = draw_keys(random, settings.samples, settings.digits, held_out=True).tolist()
     phases = random.integers(len(haystack.ids), size=settings.samples).tolist()
     draw = needle_kind(settings.needle).draw
     quizzes = [draw(random, key, True) for key in keys]
-    return list(map(_Asked, keys, phases, quizzes))
+    return list(map(Question, keys, phases, quizzes))
 
 
 def _run_cell(model, tokenizer, settings, haystack, length, depth, device, bar) -> dict:
-    asked = _asked(settings, haystack, length, depth)
+    asked = draw_questions(settings, haystack, length, depth)
     samples, seconds = [], 0.0
     start_peak(device)
     for first in range(0, settings.samples, settings.batch_size):

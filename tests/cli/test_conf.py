@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from infini.cli import passkey, train
+from infini.cli import generate, measure, passkey, train
+from infini.cli.build import fill
 from infini.cli.compose import compose
 from infini.config import InfiniConfig
 
@@ -19,9 +20,12 @@ def options(group):
 
 
 # What a file leaves to the command line: any text will do.
-NEEDS = {"experiment=passkey_mixed_12m": [f"task.haystacks=[{__file__}]"]}
+NEEDS = {"experiment=passkey_mixed_12m": [f"task.haystacks=[{__file__}]"], "task=stream": [f"task.texts=[{__file__}]"]}
 
-TRAIN = [[f"{group}={option}", "output=x"] for group in ("model", "task") for option in options(group)]
+MEASURES = ("capacity", "drift")
+TRAIN = [
+    [f"{group}={option}", *NEEDS.get(f"{group}={option}", ()), "output=x"] for group in ("model", "task") for option in options(group)
+]
 TRAIN += [[f"{group}={option}", *NEEDS.get(f"{group}={option}", ())] for group in ("experiment", "debug") for option in options(group)]
 
 
@@ -66,8 +70,18 @@ def test_passkey_composes_and_builds(grid):
     assert all(length >= 4096 for length, _ in settings.cells())
 
 
+@pytest.mark.parametrize("kind", MEASURES)
+def test_measures_compose_and_build(kind):
+    config = compose(kind, [])
+    command, settings, run = measure.read(config)
+    assert callable(run)
+    fields = {field.name for value in (command, settings) for field in dataclasses.fields(value)}
+    assert fields == {key for key in config if key[0] != "_"}
+
+
 def test_no_yaml_is_outside_the_tests_above():
-    tested = {"passkey.yaml", "train.yaml", "task/base/rows.yaml"}  # rows is composed into every task
+    tested = {f"{name}.yaml" for name in ("passkey", "train", "generate", *MEASURES)}
+    tested |= {"task/base/rows.yaml"}  # composed into every task of rows
     for group in ("model", "task", "experiment", "debug", "grid"):
         tested |= {f"{group}/{option}.yaml" for option in options(group)}
     assert {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")} == tested
@@ -88,6 +102,9 @@ def test_every_setting_can_be_overridden_without_a_plus():
     command, settings, _ = passkey.read(config)
     fields = {field.name for value in (command, settings) for field in dataclasses.fields(value)}
     assert fields == {key for key in config if key[0] != "_"}
+    config = compose("generate", [f"prompt_file={__file__}"])
+    assert {field.name for field in dataclasses.fields(generate.Command)} == config.keys()
+    fill(generate.Command, "", config)
 
 
 def test_accumulation_lengthens_the_data_not_the_run():

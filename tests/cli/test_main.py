@@ -63,7 +63,8 @@ def test_help_of_each_command_needs_no_torch(command, tmp_path):
     code = f"import sys, infini.cli.main as m; sys.exit(m.main(['{command}', '--help']) or 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert {"passkey": "haystack", "train": "learning_rate", "report": "PATH"}[command] in result.stdout
+    keys = {"passkey": "haystack", "generate": "prompt_file", "train": "learning_rate", "report": "PATH"}
+    assert (keys | {"capacity": "distances", "drift": "probe"})[command] in result.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -98,7 +99,7 @@ def test_passkey_writes_record_table_and_picture(checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["pass"], "there is no command 'pass': use one of passkey, train, report"),
+        (["pass"], "there is no command 'pass': use one of passkey, generate, capacity, drift, train, report"),
         (["passkey", "checkpoint=nowhere"], "there is no checkpoint folder 'nowhere'"),
         (["passkey", "depths=[1.5]"], "depth is 1.5"),
         (["passkey", "device=tpu"], "device is 'tpu': use auto, cpu, cuda or cuda:N"),

@@ -222,3 +222,9 @@ def test_without_transformers_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match="pip install 'infini-attention\\[hf\\]'"):
         load_causal_lm(tmp_path)
+
+
+def test_a_checkpoint_of_this_library_is_sent_to_its_own_door(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="give checkpoint= in place of hf="):
+        load_causal_lm(tmp_path)

@@ -1,0 +1,199 @@
+"""`infini generate`: reads a file without end into a fixed state, then answers questions about it."""
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from infini.cli.build import fill, model_class
+from infini.cli.compose import MODULE, compose
+from infini.errors import InputError
+
+
+@dataclass(frozen=True)
+class Command:
+    """The keys of conf/generate.yaml, described there.
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    checkpoint: str | None
+    prompt_file: str
+    questions: tuple[str, ...]
+    session: str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop: str | None
+    seed: int
+    piece: int
+    device: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "piece"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.stop == "":
+            raise InputError("stop is empty; give the text that ends an answer, or null")
+        path = Path(self.prompt_file)
+        if not path.is_file():
+            raise InputError(f"prompt_file is {self.prompt_file!r}; there is no such file")
+        if path.stat().st_size == 0:
+            raise InputError(f"prompt_file {self.prompt_file!r} is empty; give a file with some text")
+
+
+def run(arguments: list[str]) -> None:
+    """Reads the file and prints the answers; progress goes to the standard error.
+
+    Raises:
+        InputError: an override, a file, a checkpoint or a saved session that cannot be used.
+        KeyboardInterrupt: after Ctrl-C, when what was read is saved (with `session`).
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: infini generate [KEY=VALUE ...]\n\n" + (files(MODULE) / "generate.yaml").read_text())
+        return
+    command = fill(Command, "", compose("generate", arguments))
+    import torch
+
+    from infini import checkpoint
+    from infini.cli.device import choose_device
+    from infini.data.tokenizer import load_tokenizer
+    from infini.session import StreamingSession
+
+    folder, device = checkpoint.resolve(command.checkpoint), choose_device(command.device)
+    dtype = getattr(torch, command.dtype) if command.dtype else None
+    model = model_class(str(checkpoint.model_type(folder))).from_pretrained(folder, device, dtype)
+    tokenizer = load_tokenizer(model.config)
+    read = _read_file(command, model)
+    for question in command.questions or (None,):
+        session = read
+        if question is not None:
+            # The state is a value: every question goes on from the same one.
+            session = StreamingSession(model, state=read.state, piece=command.piece)
+            session.feed(tokenizer.encode("\n" + question))
+            print(question, end="", flush=True)
+        for text in _answer(command, session, tokenizer):
+            print(text, end="", flush=True)
+        print()
+
+
+def _read_file(command: Command, model):
+    """A session that has read the whole file; it may begin with a saved one."""
+    import torch
+    from tqdm import tqdm
+
+    from infini.session import StreamingSession
+    from infini.train.interrupt import StopRequest
+
+    path, size = Path(command.prompt_file), Path(command.prompt_file).stat().st_size
+    session, digest, done = StreamingSession(model, piece=command.piece), hashlib.sha256(), 0
+    weights = _fingerprint(model) if command.session else None
+    with open(path, "rb", buffering=0) as file, StopRequest() as interrupt:
+        if command.session and Path(command.session).exists():
+            session = StreamingSession.restore(command.session, model, command.piece)
+            done = _go_on(command, file, digest, weights)
+        started, begun = time.perf_counter(), done
+        with tqdm(total=size, initial=done, unit="tok", unit_scale=True, desc=f"reading {path.name}", disable=None) as bar:
+            while part := file.read(command.piece):
+                session.feed(torch.frombuffer(bytearray(part), dtype=torch.uint8))
+                digest.update(part)
+                done += len(part)
+                bar.set_postfix_str(f"memory {_memory(model) / 2**20:,.0f} MiB", refresh=False)
+                bar.update(len(part))
+                if interrupt.requested:
+                    break
+        seconds = time.perf_counter() - started
+    if command.session and done > begun:
+        _save(command, session, done, digest, weights)
+    if interrupt.requested:
+        kept = f"{done:,} tokens are kept in {command.session}, the same command goes on from there"
+        raise KeyboardInterrupt(kept if command.session else "nothing is kept; with session=FILE what was read would be")
+    rate = f"{(done - begun) / seconds:,.0f} tokens/s" if done > begun else "at once, from the saved session"
+    print(
+        f"{done:,} tokens read, {rate}; state {session.state_bytes:,} bytes, peak memory {_memory(model) / 2**20:,.0f} MiB",
+        file=sys.stderr,
+    )
+    return session
+
+
+def _go_on(command: Command, file, digest, weights: str) -> int:
+    """Moves behind what the saved session has read of the file, which must be the same text; returns how much."""
+    note = _note(command)
+    try:
+        saved = json.loads(note.read_text())
+        done, text, model = saved["bytes"], saved["text_sha256"], saved["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{note} cannot be read ({error}); it belongs to the saved session: name another session file") from None
+    if model != weights:
+        raise InputError(f"{command.session} was read by a model with other weights; name another session file")
+    left = done
+    while left and (part := file.read(min(left, 2**20))):
+        digest.update(part)
+        left -= len(part)
+    if left or digest.hexdigest() != text:
+        raise InputError(f"{command.session} has read another text than {command.prompt_file}; name another session file")
+    return done
+
+
+def _save(command: Command, session, done: int, digest, weights: str) -> None:
+    note = _note(command)
+    note.unlink(missing_ok=True)  # never beside a state that is not its own
+    session.save(command.session)
+    part = note.with_name(note.name + ".part")
+    part.write_text(json.dumps({"bytes": done, "text_sha256": digest.hexdigest(), "weights_sha256": weights}) + "\n")
+    os.replace(part, note)
+
+
+def _note(command: Command) -> Path:
+    return Path(command.session + ".text.json")
+
+
+def _answer(command: Command, session, tokenizer) -> Iterator[str]:
+    """The answer, as far as it is certain, while it is generated."""
+    import torch
+
+    generator = torch.Generator(next(session.model.parameters()).device).manual_seed(command.seed)
+    steps = session.generate(command.max_new_tokens, command.temperature, command.top_k, command.top_p, generator=generator)
+    ids, shown = [], 0
+    for token in steps:
+        ids.append(int(token))
+        text = tokenizer.decode(ids)
+        if command.stop and command.stop in text:
+            yield text[shown : text.index(command.stop)]
+            return
+        # The last letters may still change: a character that is not whole, or the beginning of `stop`.
+        certain = len(text.rstrip("\N{REPLACEMENT CHARACTER}")) - len(command.stop or "")
+        if certain > shown:
+            yield text[shown:certain]
+            shown = certain
+    yield tokenizer.decode(ids)[shown:]
+
+
+def _fingerprint(model) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _memory(model) -> int:
+    """Bytes at the peak so far: of the GPU's allocator, or of this process."""
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

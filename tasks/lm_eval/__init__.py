@@ -1,0 +1,1 @@
+"""lm-eval tasks that need no network; see README.md."""

@@ -1,0 +1,110 @@
+"""Trainer and PEFT, with the gates of the memory learning too."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+import infini
+from infini.errors import InputError
+from infini.hf import InfiniForCausalLM, InfiniHFConfig, train_gates
+from tests.hf.conftest import LONG, SHAPE
+
+
+@pytest.fixture
+def rows():
+    row = list(b"abcdefgh" * 5)
+    return [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for _ in range(8)]
+
+
+def fit(model, rows, folder, **changes):
+    asked = dict(per_device_train_batch_size=4, max_steps=8, learning_rate=1e-2, report_to="none", disable_tqdm=True)
+    asked |= dict(logging_strategy="no", save_strategy="no", use_cpu=True, dataloader_pin_memory=False, seed=0)
+    arguments = TrainingArguments(output_dir=str(folder), **asked | changes)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=changes.get("resume_from_checkpoint"))
+    return trainer, before, trainer.evaluate()["eval_loss"]
+
+
+@pytest.fixture
+def pristine():
+    torch.manual_seed(0)
+    return InfiniForCausalLM(InfiniHFConfig(**SHAPE, segment_length=8))
+
+
+def test_trainer_lowers_the_loss_and_its_folder_is_a_checkpoint(pristine, rows, tmp_path):
+    trainer, before, after = fit(pristine, rows, tmp_path, gradient_accumulation_steps=2)
+    assert after < 0.7 * before
+    trainer.save_model(tmp_path / "model")
+    with torch.no_grad():
+        ids = torch.tensor([rows[0]["input_ids"]])
+        expected = trainer.model.eval()(ids).logits
+        torch.testing.assert_close(infini.load(tmp_path / "model")(ids)[0], expected)
+
+
+def test_trainer_goes_on_from_its_own_checkpoint(rows, tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        return InfiniForCausalLM(InfiniHFConfig(**SHAPE, segment_length=8))
+
+    whole, _, _ = fit(fresh(), rows, tmp_path / "whole")
+    fit(fresh(), rows, tmp_path / "half", save_strategy="steps", save_steps=4)
+    again, _, _ = fit(fresh(), rows, tmp_path / "half", resume_from_checkpoint=str(tmp_path / "half/checkpoint-4"))
+    assert again.state.global_step == 8
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(again.model.get_parameter(name), parameter, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+def test_lora_trains_adapters_and_gates_alone_and_merges_into_a_checkpoint(make, rows, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = make(**LONG)
+    start = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    gates = train_gates(model)
+    assert {name.split(".")[-1] for name in gates} >= {"beta", "query_scale", "key_bias", "weight"}
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all("lora_" in name or any(name.endswith(gate) for gate in gates) for name in trainable)
+    _, before, after = fit(model, rows, tmp_path, label_names=["labels"])
+    assert after < before
+
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    ids = torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        found = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(infini.load(tmp_path / "merged")(ids)[0], expected, atol=1e-4, rtol=1e-4)
+    moved = {name for name, parameter in merged.named_parameters() if not torch.equal(parameter, start[name])}
+    changed = ("q_proj.weight", "v_proj.weight", "down_proj.weight")
+    assert moved == {name for name in start if name.endswith(changed) or name.removeprefix("model.") in gates}
+
+    # The adapter's own file goes on any copy of the base; gates are not in it.
+    make(**LONG).save_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()
+    merged_again = again.merge_and_unload()
+    for name, parameter in merged_again.named_parameters():
+        torch.testing.assert_close(parameter, start[name] if name.removeprefix("model.") in gates else merged.get_parameter(name))
+    assert found.shape == (1, 45)
+
+
+def test_gates_of_another_model_are_refused():
+    with pytest.raises(InputError, match="holds no InfiniForCausalLM"):
+        train_gates(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match="no memory in any layer"):
+        train_gates(InfiniForCausalLM(InfiniHFConfig(**SHAPE, memory_layers=[])))
+
+
+def test_more_tokens_can_be_added(make, tmp_path):
+    model, ids = make(), torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(260)
+        after = model(ids).logits
+    torch.testing.assert_close(after[..., :256], before)
+    assert model(torch.tensor([[259]])).logits.shape == (1, 1, 260)
+    model.save_pretrained(tmp_path)
+    assert infini.load(tmp_path).config.vocab_size == 260
