@@ -25,7 +25,7 @@ DPFP_NU = 3
 # square is still a normal fp32 number, which the gradient needs.
 DENOMINATOR_FLOOR = 1e-12
 
-# Tokens of a DeltaNet chunk: the triangular inverse inside costs chunk^2 per token, the maps between cost d_k^2.
+# Tokens of a DeltaNet chunk: the inverse inside costs chunk^2 log2(chunk) per token, the maps between cost d_k^2.
 DELTANET_CHUNK = 64
 
 
@@ -203,7 +203,7 @@ def _write(
     fresh: Tensor | None,
     has_memory: Tensor | None,
 ) -> tuple[MemoryState, MemoryState, Tensor | None]:
-    """Before, after, and the scan's maps `[b, s c, g, k, k]` in order, c of them a segment; None where all are I."""
+    """Before, after, and the scan's maps `[b, s, g, k, k]`; None where all are I."""
     _refuse_16_bit(initial)
     if update_rule not in UPDATE_RULES:
         raise InputError(f"update_rule is {update_rule!r}; choose one of {', '.join(UPDATE_RULES)}")
@@ -236,7 +236,7 @@ def _write(
 
 
 def _product(maps: Tensor | None, initial: MemoryState, fresh: Tensor | None) -> Tensor | None:
-    """A_S ... A_2 A_1 of the maps `[b, s c, g, k, k]`, neighbors first, so that few large products do it."""
+    """A_S ... A_2 A_1 of the maps `[b, s, g, k, k]`, neighbors first, so that few large products do it."""
     if maps is None and fresh is not None:
         matrix = initial.matrix
         maps = torch.eye(matrix.shape[-2], dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:2], -1, -1)[:, None]
@@ -257,12 +257,14 @@ def _scan(
         sums = torch.cat([initial.unsqueeze(1), additions], dim=1).cumsum(dim=1)
         return sums[:, :-1], sums[:, -1]
     before, x = [], initial
-    for s in range(additions.shape[1]):
+    # unbind, not indices: the gradient of an index is as large as the whole tensor, once for every segment.
+    every_map = [None] * additions.shape[1] if maps is None else maps.unbind(dim=1)
+    for s, (addition, segment_map) in enumerate(zip(additions.unbind(dim=1), every_map, strict=True)):
         if fresh is not None:
             # where, not a product: what is dropped may be infinite.
             x = torch.where(fresh[:, s].reshape(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
         before.append(x)
-        x = additions[:, s] + (x if maps is None else maps[:, s] @ x)
+        x = addition + (x if segment_map is None else segment_map @ x)
     return torch.stack(before, dim=1), x
 
 
@@ -290,28 +292,63 @@ def _write_deltanet(
 ) -> tuple[MemoryState, MemoryState, Tensor]:
     """DeltaNet's token-by-token delta in chunks (WY form, arXiv:2406.06484).
 
-    Within a chunk the writes are U - W M with [U W] = (I + strictly_lower(w K K^T))^-1 w [V K], so a chunk is the affine
-    map M -> (I - K^T W) M + K^T U. Tokens that fill up the last chunk have strength 0 and change nothing.
+    Within a chunk the writes are U - W M with [W U] = (I + strictly_lower(w K K^T))^-1 w [K V], so a chunk is the affine
+    map M -> M + K^T (U - W M). A segment's map [A B] comes of sending [I 0] through its chunks, in all segments at once.
+    Tokens that fill up the last chunk have strength 0 and change nothing.
     """
-    segments, tokens = keys.shape[1], keys.shape[3]
+    tokens, features = keys.shape[3:]
     chunk = min(DELTANET_CHUNK, tokens)
-    fill = -tokens % chunk
-    keys, values, strength = (F.pad(x, (0, 0, 0, fill)) for x in (keys, values, strength))
+    if fill := -tokens % chunk:
+        keys, values, strength = (F.pad(x, (0, 0, 0, fill)) for x in (keys, values, strength))
     keys, values, strength = (
-        rearrange(x, "b s g (c n) k -> b (s c) g n k", n=chunk) for x in (keys, values, strength)
+        rearrange(x, "b s g (c n) k -> b s g c n k", n=chunk) for x in (keys, values, strength)
     )
-    system = (strength * (keys @ keys.transpose(-1, -2))).tril(-1)  # unitriangular=True supplies the diagonal
-    right = strength * torch.cat([values, keys], dim=-1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    updates, weights = solved.split([values.shape[-1], keys.shape[-1]], dim=-1)
-    maps = torch.eye(keys.shape[-1], dtype=keys.dtype, device=keys.device) - keys.transpose(-1, -2) @ weights
-    additions = keys.transpose(-1, -2) @ updates
-    chunks = keys.shape[1] // segments
-    if fresh is not None:
-        # A document begins with the first chunk of its first segment.
-        fresh = torch.stack([fresh] + [torch.zeros_like(fresh)] * (chunks - 1), dim=2).flatten(1)
+    inverse = _unit_lower_inverse(strength * (keys @ keys.transpose(-1, -2)))
+    # [-W U], so that a chunk's change of [I 0] is K^T [-W U], and that of [A B] is K^T ([0 U] + (-W) [A B]).
+    solved = inverse @ (strength * torch.cat([-keys, values], dim=-1))
+    carried = F.pad(torch.eye(features, dtype=keys.dtype, device=keys.device), (0, values.shape[-1]))
+    for c, (key, change) in enumerate(zip(keys.unbind(dim=3), solved.unbind(dim=3), strict=True)):
+        if c > 0:
+            change = F.pad(change[..., features:], (features, 0)) + change[..., :features] @ carried
+        carried = carried + key.transpose(-1, -2) @ change
+    maps, additions = carried.split([features, values.shape[-1]], dim=-1)
     before, after = _scan(maps, additions, initial.matrix, fresh)
-    return MemoryState(before[:, ::chunks], None), MemoryState(after, None), maps
+    return MemoryState(before, None), MemoryState(after, None), maps
+
+
+def _unit_lower_inverse(lower: Tensor) -> Tensor:
+    """(I + L)^-1 of `[..., n, n]` for the entries L below the diagonal, in 2 log2(n) batched matrix products.
+
+    The inverses of neighboring diagonal blocks of m rows, T_1 and T_2, make that of 2 m rows: -T_2 L_21 T_1 stands below
+    them. All blocks take the step at once, in full products of which the rest is zeros. For unit keys and strengths up to 1
+    every T and every L_21 T_1 is at most 1 in size, also where keys repeat; the powers of L, whose series is shorter to
+    write, would overflow there.
+    """
+    return _UnitLowerInverse.apply(lower)
+
+
+class _UnitLowerInverse(torch.autograd.Function):
+    """Keeps the inverse alone for the backward pass: dT = -T dL T."""
+
+    @staticmethod
+    def forward(ctx, lower: Tensor) -> Tensor:
+        place = torch.arange(lower.shape[-1], device=lower.device)
+        # i and j stand in the two halves of one block of 2 m rows where m is the highest bit in which they differ.
+        apart = place[:, None] ^ place
+        inverse = torch.eye(len(place), dtype=lower.dtype, device=lower.device) - (lower * (apart == 1)).tril(-1)
+        m = 2
+        while m < len(place):
+            between = lower * ((apart >= m) & (apart < 2 * m)).tril(-1)
+            inverse = inverse - inverse @ between @ inverse
+            m *= 2
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        transposed = inverse.transpose(-1, -2)
+        return -(transposed @ gradient @ transposed).tril(-1)
 
 
 def _refuse_16_bit(state: MemoryState) -> None:

@@ -11,10 +11,14 @@ COLUMN = "text"
 
 
 def read_texts(pattern: str) -> str:
-    """All the text that a path or a glob pattern names, files in order of name.
+    """The documents of :func:`read_documents`, joined with a blank line."""
+    return "\n\n".join(read_documents(pattern))
 
-    Plain UTF-8 files, or ``.parquet`` files with a column ``text`` (one document a row; needs
-    pyarrow). Documents are joined with a blank line.
+
+def read_documents(pattern: str) -> list[str]:
+    """All documents that a path or a glob pattern names, files in order of name.
+
+    Plain UTF-8 files, a document each, or ``.parquet`` files with a column ``text``, a document a row (needs pyarrow).
 
     Args:
         pattern: ``"book.txt"``, ``"books/*.txt"``, ``"books/test-*.parquet"``.
@@ -26,20 +30,20 @@ def read_texts(pattern: str) -> str:
     paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise InputError(f"text file {pattern} does not exist; give a UTF-8 text or Parquet file")
-    return "\n\n".join(map(_read, map(Path, paths)))
+    return [document for path in paths for document in _read(Path(path))]
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> list[str]:
     try:
-        text = _read_parquet(path) if path.suffix == ".parquet" else path.read_text("utf-8")
+        documents = _read_parquet(path) if path.suffix == ".parquet" else [path.read_text("utf-8")]
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} is not a UTF-8 text file: {error}") from None
-    if not text.strip():
+    if not any(document.strip() for document in documents):
         raise InputError(f"text file {path} holds no text; give a UTF-8 text or Parquet file")
-    return text
+    return documents
 
 
-def _read_parquet(path: Path) -> str:
+def _read_parquet(path: Path) -> list[str]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -57,4 +61,4 @@ def _read_parquet(path: Path) -> str:
             documents = file.read([COLUMN]).column(COLUMN).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise InputError(f"{path} is not a Parquet file: {error}") from None
-    return "\n\n".join(document for document in documents if document)
+    return [document for document in documents if document]

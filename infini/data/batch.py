@@ -1,4 +1,4 @@
-"""One training batch: the tokens, which of them are answers, and a long gap that the rows leave out."""
+"""One training batch: the tokens, which are answers, where documents begin, and a long gap that the rows leave out."""
 
 from __future__ import annotations
 
@@ -67,6 +67,11 @@ class Batch:
             before it determines. ``answer[:, 0]`` is predicted by nothing and is ignored.
         segments: ``S``, the number of segments of each row; the gap does not count.
         gap: what stands between two of the segments but is not in ``tokens``; None: nothing.
+        stream: the rows go on where those of the last batch of the same stream ended, and their first tokens are the last
+            ones of that batch. None: they are texts of their own.
+        reset: bool like ``answer``, True where a document begins: it sees nothing before it, and its first token is
+            predicted by nothing. Where ``reset[:, 0]`` is False in the first batch of a stream, the text before is
+            unknown. It stays on the CPU, where models plan by it. None: no document begins but those of the rows.
 
     Example:
         >>> bytes_ = torch.tensor([[104, 105, 33]], dtype=torch.uint8)
@@ -81,6 +86,8 @@ class Batch:
     answer: torch.Tensor
     segments: int
     gap: Gap | None = None
+    stream: int | None = None
+    reset: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.tokens.dim() != 2 or self.tokens.shape[1] < 2:
@@ -92,10 +99,23 @@ class Batch:
                 f"answer must be bool of shape {tuple(self.tokens.shape)}, "
                 f"got {self.answer.dtype} of shape {tuple(self.answer.shape)}"
             )
+        if self.reset is not None:
+            self._check_reset(self.reset)
         if self.gap is not None:
             self._check_gap(self.gap)
 
+    def _check_reset(self, reset: torch.Tensor) -> None:
+        if reset.shape != self.tokens.shape or reset.dtype != torch.bool or reset.device.type != "cpu":
+            raise InputError(
+                f"reset is {reset.dtype} {list(reset.shape)} on {reset.device}; it must be bool {list(self.tokens.shape)} "
+                "on the CPU"
+            )
+        if self.answer.device.type == "cpu" and bool((reset & self.answer)[:, 1:].any()):
+            raise InputError("the first token of a document is an answer; nothing predicts it: answer later")
+
     def _check_gap(self, gap: Gap) -> None:
+        if self.stream is not None or self.reset is not None:
+            raise InputError("a batch with a gap has stream or reset; the rows around a gap are texts of their own")
         if gap.position >= self.segments:
             raise InputError(
                 f"the gap is at segment {gap.position} of {self.segments}; text must follow it: "
@@ -123,12 +143,13 @@ class Batch:
     @property
     def predicted_tokens(self) -> int:
         """Number of tokens that the model is asked to predict."""
-        return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
+        first_ones = 0 if self.reset is None else int(self.reset[:, 1:].sum())
+        return self.tokens.shape[0] * (self.tokens.shape[1] - 1) - first_ones
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on ``device`` with int64 tokens; widened after the copy, which does not wait.
 
-        The filler stays as narrow as it is: :meth:`Gap.piece` widens what is read of it.
+        The filler stays as narrow as it is, :meth:`Gap.piece` widens what is read of it; ``reset`` stays where it is.
         """
         moved = self._map(lambda x: x.to(device, non_blocking=True))
         return replace(moved, tokens=moved.tokens.long())
@@ -138,7 +159,8 @@ class Batch:
 
         ``DataLoader(pin_memory=True)`` calls it by this name.
         """
-        return self._map(torch.Tensor.pin_memory)
+        pinned = self._map(torch.Tensor.pin_memory)
+        return pinned if self.reset is None else replace(pinned, reset=self.reset.pin_memory())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         gap = self.gap and replace(self.gap, filler=change(self.gap.filler))

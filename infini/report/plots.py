@@ -35,6 +35,70 @@ def passkey_heat_map(record: Mapping[str, Any]) -> bytes:
     axes.set_ylabel("depth of the key")
     axes.set_title(f"{passkey_title(record)}, exact match")
     figure.colorbar(image, label="%")
+    return _png(figure)
+
+
+def capacity_curves(record: Mapping[str, Any]) -> bytes:
+    """Digits right by number of pairs: a panel for each distance, a color for each d_k, with its theory and chance.
+
+    Args:
+        record: of kind "capacity", with rows as in `capacity_table`.
+
+    Returns:
+        A PNG, without date or version in it.
+    """
+    from matplotlib.figure import Figure
+
+    rows = record["rows"]
+    distances = sorted({row["distance"] for row in rows})
+    models = sorted({(row["key_dim"], row["model"]) for row in rows})
+    figure = Figure(figsize=(1.5 + 3.2 * len(distances), 4.2), layout="constrained")
+    for axes, distance in zip(figure.subplots(1, len(distances), sharey=True, squeeze=False)[0], distances, strict=True):
+        for i, (key_dim, model) in enumerate(models):
+            cells = [row for row in rows if (row["key_dim"], row["model"], row["distance"]) == (key_dim, model, distance)]
+            cells.sort(key=lambda row: row["pairs"])
+            pairs = [row["pairs"] for row in cells]
+            for name, style in (("digit_accuracy", "-o"), ("theory_linear", "--"), ("theory_delta", ":")):
+                label = {"digit_accuracy": f"{model}, d_k = {key_dim}"}.get(name, f"{name.replace('_', ', ')}, d_k = {key_dim}")
+                axes.plot(pairs, [100 * row[name] for row in cells], style, color=f"C{i}", label=label)
+        axes.axhline(10, color="gray", linewidth=0.8, label="chance")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(0, 103)
+        axes.set_xlabel("pairs stated, five digits each")
+        axes.set_title(f"{distance:,} bytes of filler", fontsize="medium")
+    figure.axes[0].set_ylabel("digits right, %")
+    figure.axes[0].legend(fontsize="x-small", loc="lower left")
+    return _png(figure)
+
+
+def drift_curves(record: Mapping[str, Any]) -> bytes:
+    """Error of the read and of the memories by tokens of stream, both logarithmic.
+
+    Args:
+        record: of kind "drift", with rows as in `drift_table`.
+
+    Returns:
+        A PNG, without date or version in it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, model in enumerate(sorted({row["model"] for row in record["rows"]})):
+        rows = sorted((row for row in record["rows"] if row["model"] == model), key=lambda row: row["tokens"])
+        for name, style, what in (("read_error", "-o", "the read"), ("matrix_error", "--", "M"), ("normalizer_error", ":", "z")):
+            shown = [(row["tokens"], row[name]) for row in rows if row[name] is not None]
+            if shown:
+                axes.plot(*zip(*shown, strict=True), style, color=f"C{i}", label=f"{what}, {model}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens of stream")
+    axes.set_ylabel("relative error of fp32")
+    axes.legend(fontsize="small")
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120, metadata={"Software": None})
     return png.getvalue()

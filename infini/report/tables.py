@@ -51,6 +51,49 @@ def passkey_title(record: Mapping[str, Any]) -> str:
     return "Passkey" if needle == "passkey" else f"Passkey, needle {needle}"
 
 
+def capacity_table(record: Mapping[str, Any]) -> str:
+    """One line per model, distance and number of pairs, with the theory of one head beside it.
+
+    Args:
+        record: of kind "capacity"; rows as of `infini.tasks.recall.capacity.capacity`, each with its model.
+    """
+    head = ["model", "d_k", "distance", "pairs", "digits stored", "names asked", "digits right", "all five right"]
+    head += ["theory, linear", "theory, delta"]
+    shares = ("digit_accuracy", "exact_match", "theory_linear", "theory_delta")
+    lines = [
+        [
+            row["model"],
+            *(f"{row[name]:,}" for name in ("key_dim", "distance", "pairs", "associations", "names")),
+            *(_percent(row[name]) for name in shares),
+        ]
+        for row in sorted(record["rows"], key=lambda row: (row["key_dim"], row["model"], row["distance"], row["pairs"]))
+    ]
+    note = (
+        "Teacher-forced digits of held-out keys; chance 10 %. Theory: random keys, one head, every digit an association of its "
+        "own, no filler.\n\n"
+    )
+    return f"# Capacity\n\n{_table(head, lines)}\n{note}{caption(record)}"
+
+
+def drift_table(record: Mapping[str, Any]) -> str:
+    """One line per model and length of stream.
+
+    Args:
+        record: of kind "drift"; rows as of `infini.tasks.drift.drift`, each with its model.
+    """
+    head = ["model", "tokens", "error of the read", "error of M, worst layer", "error of z, worst layer"]
+    lines = [
+        [
+            row["model"],
+            f"{row['tokens']:,}",
+            *("-" if row[name] is None else f"{row[name]:.1e}" for name in ("read_error", "matrix_error", "normalizer_error")),
+        ]
+        for row in sorted(record["rows"], key=lambda row: (row["model"], row["tokens"]))
+    ]
+    note = "Relative errors of an fp32 model's memory against its fp64 copy's, after the same stream.\n\n"
+    return f"# Drift\n\n{_table(head, lines)}\n{note}{caption(record)}"
+
+
 def train_table(record: Mapping[str, Any]) -> str:
     """The last metrics of a training run, one line each, with their caption."""
     lines = [[name.replace("_", " "), _number(value)] for name, value in record["metrics"].items()]

@@ -13,6 +13,7 @@ from torch import nn
 
 from infini.errors import InputError
 from infini.train.run_folder import remove_folder, whole_folder
+from infini.train.streams import Streams
 
 _FILE = "training.pt"
 
@@ -34,7 +35,11 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    streams: Streams | None = None,
 ) -> Path:
     """Write ``folder/step-N`` whole, then delete the older ones.
 
@@ -53,6 +58,8 @@ def save_checkpoint(
         # Through Python's file: torch's own writer reports a full disk as a RuntimeError of zip.
         with whole_folder(final) as temporary, open(temporary / _FILE, "wb") as file:
             torch.save(content, file)
+            if streams is not None:
+                streams.save(temporary)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -72,8 +79,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put model, optimizer and every random state back as they were; return how far the run was.
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, streams: Streams | None = None
+) -> Progress:
+    """Put model, optimizer, streams and every random state back as they were; return how far the run was.
 
     The file is read with ``weights_only=True``: a pickle that would run code is refused.
 
@@ -84,6 +93,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         content = torch.load(path / _FILE, map_location="cpu", weights_only=True)
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
+        if streams is not None:
+            streams.load(path, model)
         _set_random_states(content["random"])
         return Progress(**content["progress"])
     except Exception as error:

@@ -13,6 +13,9 @@ and the state goes on with the values of the gap's end and the gradient of the m
 
 What is left out: that the text before also changes what the filler's tokens compute, and through z the map itself.
 Recent keys, values and counters are those of the gap's end.
+
+A gap of which only the last segments are read is stretched, see :mod:`infini.train.stretch`: so the read-out meets the noise
+of a million tokens for the price of some thousand. Its noise is that of real filler, in M and z together.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from infini.errors import InputError
 from infini.memory import MemoryState
 from infini.state import InfiniState
 from infini.train.loss import LossSums, loss_of_span
+from infini.train.stretch import stretch
 
 # Tokens of a gap that are read at a time, in all rows together.
 READ_TOKENS = 65536
@@ -40,7 +44,7 @@ class Crossing(NamedTuple):
     maps: tuple[torch.Tensor | None, ...]
 
 
-def gap_loss_of(model: Callable, batch: Batch) -> LossSums:
+def gap_loss_of(model: Callable, batch: Batch, read_segments: int | None = None) -> LossSums:
     """:func:`infini.train.loss.loss_of` for a batch with a gap.
 
     The value is that of all tokens read in one text; the gradient ends at the gap but for each memory's direct path.
@@ -49,24 +53,28 @@ def gap_loss_of(model: Callable, batch: Batch) -> LossSums:
         model: called as ``model(tokens)``, ``model(tokens, state)`` and
             ``model(tokens, state, keep="none", maps=...)``, see :class:`infini.InfiniTransformer`.
         batch: on the model's device, with a gap.
+        read_segments: most segments of a gap that are read, see :func:`cross`.
 
     Raises:
         InputError: the gap does not stand on a segment border of the model, or the model has no such state.
     """
     border = batch.gap.position * batch.segment_length
     before, state = loss_of_span(model, batch, 0, border)
-    state = carry_on(state, cross(model, batch, state))
+    state = carry_on(state, cross(model, batch, state, read_segments))
     after, _ = loss_of_span(model, batch, border, batch.tokens.shape[1] - 1, state)
     return before.plus(after)
 
 
 @torch.no_grad()
-def cross(model: Callable, batch: Batch, state: InfiniState) -> Crossing:
+def cross(model: Callable, batch: Batch, state: InfiniState, read_segments: int | None = None) -> Crossing:
     """Read the batch's gap after ``state`` without gradient, at most `READ_TOKENS` tokens at a time, or as many as the
     batch has if that is more.
 
     Memory does not depend on the gap's length: its pieces are made when they are read, and of a piece only the
     state and A stay.
+
+    Of a gap of k segments, more than ``read_segments``, the last r are read and count t times, t as small as may be and
+    r = k / t rounded; ``linear`` and ``deltanet`` alone can do this. None: all are read.
     """
     if not isinstance(state, InfiniState):
         raise InputError(
@@ -79,16 +87,17 @@ def cross(model: Callable, batch: Batch, state: InfiniState) -> Crossing:
             f"the gap stands before token {border}, {int(state.open_length.max())} tokens into a segment of the model; "
             f"it must stand on a segment border: give the task (now {n}) and the model the same segment_length"
         )
-    product = None
+    product, first = None, state
     # Long gaps come with few rows, which read as many tokens at a time as a full batch would.
     length, most = batch.gap.segments * n, max(batch.segments, READ_TOKENS // (len(batch.tokens) * n)) * n
-    for start in range(0, length, most):
+    times = 1 if read_segments is None else -(-batch.gap.segments // read_segments)
+    for start in range(length - round(batch.gap.segments / times) * n, length, most):
         maps: dict = {}
         piece = batch.gap.piece(start, min(start + most, length))
         _, state = model(piece, state, keep="none", maps=maps)
         layers = maps["layers"]
         product = layers if product is None else [_then(*pair) for pair in zip(product, layers, strict=True)]
-    return Crossing(state, tuple(product))
+    return Crossing(state, tuple(product)) if times == 1 else _stretched(first, state, product, times)
 
 
 def carry_on(state: InfiniState, crossing: Crossing) -> InfiniState:
@@ -98,6 +107,17 @@ def carry_on(state: InfiniState, crossing: Crossing) -> InfiniState:
         for layer, end, carried in zip(state.layers, crossing.end.layers, crossing.maps, strict=True)
     )
     return replace(crossing.end, layers=layers)
+
+
+def _stretched(first: InfiniState, end: InfiniState, maps: list[torch.Tensor | None], times: int) -> Crossing:
+    layers, powers = [], []
+    for before, after, carried in zip(first.layers, end.layers, maps, strict=True):
+        if after.memory is not None:
+            memory, carried = stretch(before.memory, after.memory, carried, times)
+            after = replace(after, memory=memory)
+        layers.append(after)
+        powers.append(carried)
+    return Crossing(replace(end, layers=tuple(layers)), tuple(powers))
 
 
 def _carried(memory: MemoryState, end: MemoryState, carried: torch.Tensor | None) -> MemoryState:

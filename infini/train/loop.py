@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from infini.train.replay import Replay
 from infini.train.run_folder import claim, whole_folder
 from infini.train.settings import TrainSettings
 from infini.train.step import Parallel, Schedule, take_step
+from infini.train.streams import Streams
 from infini.train.telemetry import GateWatch, knock_out
 from infini.train.window import Window
 
@@ -38,7 +40,8 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
 
     Each step predicts ``tokens[:, 1:]`` from ``tokens[:, :-1]`` of ``settings.accumulation``
     batches and minimizes the loss of :mod:`infini.train.loss`: all segments of a row at once, or in the order of
-    :mod:`infini.train.replay`; across the gap of a batch that has one as :mod:`infini.train.long_gap` says.
+    :mod:`infini.train.replay`; across the gap of a batch that has one as :mod:`infini.train.long_gap` says;
+    from the end of the batch before where the source's batches make a stream, see :mod:`infini.train.streams`.
     Parameters, optimizer and the model's state are fp32; ``precision="bf16"`` is autocast around
     the model alone. Between two lines of metrics the host never waits for the device.
 
@@ -81,13 +84,13 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
     if settings.compile:
         model.enable_compile()
     optimizer = build_optimizer(model, settings)
-    progress = Progress()
+    progress, streams = Progress(), Streams()
     if checkpoint := latest_checkpoint(output / "checkpoints"):
-        progress = load_checkpoint(checkpoint, model, optimizer)
+        progress = load_checkpoint(checkpoint, model, optimizer, streams)
         logger.info("going on from %s", checkpoint)
 
     with MetricsLog(output, progress.step, tensorboard=settings.tensorboard) as log:
-        _run_steps(model, source, settings, output, device, optimizer, progress, log)
+        _run_steps(model, source, settings, output, device, optimizer, progress, streams, log)
         last, telemetry = log.last("loss"), log.last("knockout_token_loss")
 
     with whole_folder(output / "model") as folder:
@@ -122,9 +125,10 @@ def _run_steps(
     device: torch.device,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
+    streams: Streams,
     log: MetricsLog,
 ) -> None:
-    """Take the steps from ``progress.step`` to the end, moving ``progress`` along."""
+    """Take the steps from ``progress.step`` to the end, moving ``progress`` and ``streams`` along."""
     called = _in_precision(model, device, settings.precision)
     schedule = _schedule(settings, model.config.segment_length)
     gates = GateWatch(model)
@@ -151,7 +155,9 @@ def _run_steps(
             batches = [next(data) for _ in range(settings.accumulation)]
             rate = learning_rate_at(progress.step, settings)
             set_learning_rate(optimizer, rate)
-            result = take_step(called, optimizer, batches, settings.clip, device, schedule, settings.token_weight)
+            result = take_step(
+                called, optimizer, batches, settings.clip, device, schedule, settings.token_weight, streams
+            )
             progress.step += 1
             window.add(progress.step, result)
             bar.update()
@@ -178,10 +184,11 @@ def _run_steps(
                     gates.check()
                 # A probe comes seldom and asks for statistics: nothing to compile for.
                 with torch.compiler.set_stance("force_eager"):
-                    probe = knock_out(schedule.loss, called, batches[-1].to(device))
+                    loss_of = partial(schedule.loss, state=streams.start)  # the start that the step had
+                    probe = knock_out(loss_of, called, batches[-1].to(device))
                 log.write({"step": progress.step, **probe})
             if saves:
-                saved = save_checkpoint(output / "checkpoints", model, optimizer, progress)
+                saved = save_checkpoint(output / "checkpoints", model, optimizer, progress, streams)
             if ends and progress.step < settings.steps:  # `stop` may have come since: then the next step ends
                 raise KeyboardInterrupt(
                     f"stopped after step {progress.step} of {settings.steps}; {saved} is written: "
@@ -200,8 +207,8 @@ def _in_precision(model: Callable, device: torch.device, precision: str) -> Call
 def _schedule(settings: TrainSettings, segment_length: int) -> Schedule:
     group = settings.replay_segments or settings.bptt_segments
     if group is None:
-        return Parallel()
-    return Replay(segment_length, group, settings.bptt_segments, settings.replay_checkpoints)
+        return Parallel(settings.gap_read_segments)
+    return Replay(segment_length, group, settings.bptt_segments, settings.replay_checkpoints, settings.gap_read_segments)
 
 
 def _in_short(row: dict) -> str:

@@ -26,7 +26,7 @@ class LossSums(NamedTuple):
         return LossSums(self.tokens.detach(), self.answers.detach())
 
 
-def loss_of(model: Callable, batch: Batch) -> LossSums:
+def loss_of(model: Callable, batch: Batch, state: Any = None) -> LossSums:
     """Run ``model`` on a batch and sum the cross-entropy over all tokens and over answer tokens.
 
     Training minimizes ``w * sum_all / n_all + sum_answers / n_answers``, ``w`` 1 by default. Answers are a few digits in
@@ -37,6 +37,7 @@ def loss_of(model: Callable, batch: Batch) -> LossSums:
         model: called as ``model(tokens)`` with int64 ``[rows, T]``; returns ``(logits, state)``
             with logits ``[rows, T, vocab]`` in any float dtype (the loss is taken in fp32).
         batch: on the model's device, int64 tokens ``[rows, T + 1]``.
+        state: what the model carries of the text before; None at the start of a text.
 
     Example:
         A model that knows nothing pays ln(vocab) for each token.
@@ -47,7 +48,7 @@ def loss_of(model: Callable, batch: Batch) -> LossSums:
         >>> f"{sums.tokens:.4f} {sums.answers:.4f}"
         '2.7726 1.3863'
     """
-    return loss_of_span(model, batch, 0, batch.tokens.shape[1] - 1)[0]
+    return loss_of_span(model, batch, 0, batch.tokens.shape[1] - 1, state)[0]
 
 
 def loss_of_span(
@@ -56,7 +57,7 @@ def loss_of_span(
     """:func:`loss_of` for the tokens ``start`` to ``stop - 1`` of the rows, read after ``state``.
 
     Args:
-        model: called as ``model(tokens, state)``, without ``state`` where it is None.
+        model: called as in :func:`read_span`.
         batch: see :func:`loss_of`. Text before its gap is followed by the gap, not by the text behind it.
         start: first token read.
         stop: last token predicted.
@@ -65,13 +66,27 @@ def loss_of_span(
     Returns:
         The sums and the state after the last token, with its gradients.
     """
-    read, following = batch.tokens[:, start:stop], batch.tokens[:, start + 1 : stop + 1]
+    following = batch.tokens[:, start + 1 : stop + 1]
     if batch.gap is not None and stop == batch.gap.position * batch.segment_length:
         following = torch.cat([following[:, :-1], batch.gap.piece(0, 1)], dim=1)
-    logits, state = model(read) if state is None else model(read, state)
+    logits, state = read_span(model, batch, start, stop, state)
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), following.flatten(), reduction="none"
     )
+    if batch.reset is not None:
+        # Copied whole, then cut: only what lies in one piece of pinned memory is copied without waiting.
+        first_ones = batch.reset.to(losses.device, non_blocking=True)[:, start + 1 : stop + 1]
+        losses = losses.masked_fill(first_ones.flatten(), 0)
     # A product, not indexing: the number of answers would have to be read back from the device.
     answers = losses * batch.answer[:, start + 1 : stop + 1].flatten()
     return LossSums(losses.sum(), answers.sum()), state
+
+
+def read_span(model: Callable, batch: Batch, start: int, stop: int, state: Any, **options: Any) -> tuple[Any, Any]:
+    """What ``model(tokens, state, reset=..., **options)`` gives for the tokens ``start`` to ``stop - 1``.
+
+    Neither a state nor a reset that is None is passed on, so that a model may do without.
+    """
+    if batch.reset is not None:
+        options["reset"] = batch.reset[:, start:stop]
+    return model(batch.tokens[:, start:stop], *(() if state is None else (state,)), **options)

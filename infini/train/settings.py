@@ -38,6 +38,9 @@ class TrainSettings:
             ``2 sqrt(groups)``, for one more forward pass.
         bptt_segments: truncate: the gradient stops at every so-many-th segment border of a row. A multiple of
             ``replay_segments`` where that is set; alone, rows are read and learned from in pieces of this size. None: never.
+        gap_read_segments: most segments of a long gap that are read; a longer one is stretched from its last, exact for
+            filler that repeats as far as it does not depend on what it reads of the memory. For ``linear`` and ``deltanet``.
+            None: read in full.
         compile: compile the model's blocks, for any number of rows and segments; the first steps take minutes.
         seed: Python, NumPy and torch random states at the start.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
@@ -71,6 +74,7 @@ class TrainSettings:
     replay_segments: int | None = None
     replay_checkpoints: str = "every"
     bptt_segments: int | None = None
+    gap_read_segments: int | None = None
     compile: bool = False
     seed: int = 0
     device: str = "auto"
@@ -102,7 +106,7 @@ class TrainSettings:
             )
 
     def _check_replay(self) -> None:
-        for name in ("replay_segments", "bptt_segments"):
+        for name in ("replay_segments", "bptt_segments", "gap_read_segments"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1, or null")
         known = self.replay_checkpoints in ("every", "sqrt")

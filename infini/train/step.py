@@ -3,36 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from infini.data.batch import Batch
 from infini.train.long_gap import gap_loss_of
-from infini.train.loss import LossSums, loss_of
+from infini.train.loss import LossSums, loss_of_span
+from infini.train.streams import Streams
 
 
 class Schedule(Protocol):
     """How the segments of a batch are read and back-propagated through."""
 
-    def loss(self, model: Callable, batch: Batch) -> LossSums:
-        """The batch's loss, for a probe."""
+    def loss(self, model: Callable, batch: Batch, state: Any = None) -> LossSums:
+        """The loss of a batch that is read after ``state``, for a probe."""
 
-    def learn(self, model: Callable, batch: Batch, weigh: Callable[[LossSums], torch.Tensor]) -> LossSums:
-        """Add the gradient of ``weigh(sums)``, linear in the sums, to the parameters; the detached sums."""
+    def learn(
+        self, model: Callable, batch: Batch, weigh: Callable[[LossSums], torch.Tensor], state: Any = None
+    ) -> tuple[LossSums, Any]:
+        """Add the gradient of ``weigh(sums)``, linear in the sums, to the parameters.
+
+        Returns:
+            The detached sums and the state behind the batch (None behind one with a gap).
+        """
 
 
+@dataclass(frozen=True)
 class Parallel:
-    """All segments of a row at once; where the batch has a gap, all before it and then all behind it."""
+    """All segments of a row at once; where the batch has a gap, all before it and then all behind it.
 
-    def loss(self, model: Callable, batch: Batch) -> LossSums:
-        return loss_of(model, batch) if batch.gap is None else gap_loss_of(model, batch)
+    Attributes:
+        gap_read_segments: most segments of a gap that are read, see :func:`infini.train.long_gap.cross`.
+    """
 
-    def learn(self, model: Callable, batch: Batch, weigh: Callable[[LossSums], torch.Tensor]) -> LossSums:
-        sums = self.loss(model, batch)
+    gap_read_segments: int | None = None
+
+    def loss(self, model: Callable, batch: Batch, state: Any = None) -> LossSums:
+        return self._read(model, batch, state)[0]
+
+    def learn(
+        self, model: Callable, batch: Batch, weigh: Callable[[LossSums], torch.Tensor], state: Any = None
+    ) -> tuple[LossSums, Any]:
+        sums, end = self._read(model, batch, state)
         weigh(sums).backward()
-        return sums.detach()
+        return sums.detach(), end
+
+    def _read(self, model: Callable, batch: Batch, state: Any) -> tuple[LossSums, Any]:
+        if batch.gap is not None:
+            return gap_loss_of(model, batch, self.gap_read_segments), None
+        return loss_of_span(model, batch, 0, batch.tokens.shape[1] - 1, state)
 
 
 class StepResult(NamedTuple):
@@ -52,6 +74,7 @@ def take_step(
     device: torch.device,
     schedule: Schedule = Parallel(),
     token_weight: float = 1.0,
+    streams: Streams | None = None,
 ) -> StepResult:
     """Learn from several batches as if they were one large batch.
 
@@ -60,13 +83,14 @@ def take_step(
 
     Args:
         model: called as ``model(tokens)``, see :func:`infini.train.loss.loss_of`; by other schedules, and for
-            batches with a gap, also with a state, see :func:`infini.train.long_gap.gap_loss_of`.
+            batches with a gap or of a stream, also with a state, see :func:`infini.train.long_gap.gap_loss_of`.
         optimizer: its parameters are the ones clipped.
         batches: on the CPU, pinned if the copies are not to wait.
         clip: largest norm of the whole gradient.
         device: where the model is.
         schedule: how gradients are computed; every schedule but a truncated one gives the same.
         token_weight: of the mean over all tokens, beside 1 for the mean over answers.
+        streams: where batches of a stream begin; moved on. None: all begin anew.
 
     Returns:
         The summed losses, the norm before clipping, and the numbers of tokens and answer tokens.
@@ -78,10 +102,14 @@ def take_step(
     def weigh(sums: LossSums) -> torch.Tensor:
         return token_weight * sums.tokens / tokens + sums.answers / max(1, answers)
 
+    streams = Streams() if streams is None else streams
     optimizer.zero_grad()
     total = LossSums(torch.zeros((), device=device), torch.zeros((), device=device))
     for batch in batches:
-        total = total.plus(schedule.learn(model, batch.to(device), weigh))
+        sums, end = schedule.learn(model, batch.to(device), weigh, streams.begin(batch))
+        streams.end(batch, end)
+        total = total.plus(sums)
+        del end  # views into the activations of this batch, which the next one needs the room of
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = clip_grad_norm_(parameters, clip)
     optimizer.step()

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from infini.tasks.passkey.benchmark import fingerprint
 from infini.tasks.passkey.keys import draw_keys
-from infini.tasks.recall.text import DIGITS, FILLER_BYTES, KEY, NAMES, statements_of
+from infini.tasks.recall.text import DIGITS, KEY, NAMES, haystack_bytes, statements_of
 from infini.tasks.recall.training import check_recall
 from infini.tasks.rows import run_of
-from infini.tasks.text_files import read_texts
 
 from infini.errors import InputError
 
 VALUES = 10  # the digits
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityGrid:
+    """What `infini capacity` asks of each model; see :func:`capacity`.
+
+    Attributes:
+        key_dim: ``d_k`` of the theory; None: the model's ``head_dim``.
+    """
+
+    pairs: tuple[int, ...]
+    distances: tuple[int, ...]
+    rows: int
+    asked: int
+    haystack: str
+    seed: int
+    piece: int
+    key_dim: int | None
+
+
+def run(model, grid: CapacityGrid) -> tuple[list[dict], dict[str, Any]]:
+    """The rows of one model, and what identifies the data: checksums."""
+    key_dim = model.config.head_dim if grid.key_dim is None else grid.key_dim
+    settings = {name: getattr(grid, name) for name in grid.__dataclass_fields__ if name != "key_dim"}
+    return capacity(model, key_dim, **settings), {"checkpoint_sha256": fingerprint(model)}
 
 
 @torch.no_grad()
@@ -62,9 +88,11 @@ def capacity(
     for name, value in (("rows", rows), ("asked", asked), ("piece", piece), ("key_dim", key_dim)):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
+    if seed < 0:
+        raise InputError(f"seed is {seed}; it must not be negative")
     if not distances or min(distances) < 0:
         raise InputError(f"distances are {list(distances)} bytes; give at least one, none negative")
-    filler = _filler(haystack)
+    filler = haystack_bytes(haystack)
     found = []
     for count in pairs:
         expected = {
@@ -139,14 +167,6 @@ def theory(
     else:
         raise InputError(f"rule is {rule!r}; theory knows linear and delta")
     return float(((keys @ memory).argmax(-1) == which).mean())
-
-
-def _filler(haystack: str) -> np.ndarray:
-    if haystack == "repeat":
-        return FILLER_BYTES
-    if not haystack.startswith("text:"):
-        raise InputError(f'haystack is {haystack!r}; use "repeat" or "text:FILE"')
-    return np.frombuffer(read_texts(haystack.removeprefix("text:")).encode(), np.uint8)
 
 
 def _write(random, pairs: int, asked: int, distance: int, filler: np.ndarray) -> np.ndarray:

@@ -6,6 +6,9 @@ import numpy as np
 from infini.tasks.passkey.keys import draw_keys
 from infini.tasks.passkey.needles import FILLER
 from infini.tasks.rows import run_of
+from infini.tasks.text_files import read_texts
+
+from infini.errors import InputError
 
 DIGITS = 5
 NAMES = np.array(
@@ -16,6 +19,19 @@ _STATEMENT = np.frombuffer(b"\nKey of ?? is 00000.", np.uint8)
 _NAME, KEY = 8, 14  # where the name and the digits stand in it
 _POWERS = 10 ** np.arange(DIGITS - 1, -1, -1)
 FILLER_BYTES = np.frombuffer(FILLER.encode(), np.uint8)
+
+
+def haystack_bytes(haystack: str) -> np.ndarray:
+    """The bytes of a haystack, uint8: ``"repeat"`` for the paper's sentences, or ``"text:FILES"``.
+
+    Raises:
+        InputError: another word, or files that :func:`infini.tasks.text_files.read_texts` cannot read.
+    """
+    if haystack == "repeat":
+        return FILLER_BYTES
+    if not haystack.startswith("text:"):
+        raise InputError(f'haystack is {haystack!r}; use "repeat" or "text:FILE"')
+    return np.frombuffer(read_texts(haystack.removeprefix("text:")).encode(), np.uint8)
 
 
 def statements_of(names: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -60,10 +60,10 @@ def test_numbers_in_the_text_are_the_training_record():
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
-def test_its_python_runs(block, capsys):
+def test_its_python_runs(block, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert "48213" in printed or "session" not in block  # the shipped model finds the key of the first block
+    assert "48213" in capsys.readouterr().out or "48213" not in block  # the shipped model finds the key
 
 
 def test_links_lead_somewhere():

@@ -1,0 +1,150 @@
+"""Documents read from their first byte to their last, by rows that go on."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from infini.tasks.stream import DocumentStream
+from infini.tasks.text_files import read_documents, read_texts
+
+from infini import InfiniConfig, InfiniTransformer
+from infini.cli.main import main
+from infini.errors import InputError
+from infini.train import TrainSettings, train
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Nine documents of different lengths; of each, every byte says where it stands."""
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_bytes(bytes((j * (i + 3) + i) % 96 + 32 for j in range(17 + 23 * i)))
+    return tmp_path
+
+
+def stream(folder, **changes):
+    return DocumentStream(**dict(steps=40, texts=(f"{folder}/*.txt",), segment_length=8, segments=2, rows=2) | changes)
+
+
+def lanes(source, turns):
+    """Each lane's bytes and resets, put together from the windows of ``turns`` batches of each stream."""
+    found = []
+    for number in range(source.streams):
+        batches = [source[i * source.streams + number] for i in range(turns)]
+        assert {batch.stream for batch in batches} == {number}
+        for one, other in zip(batches, batches[1:], strict=False):
+            assert torch.equal(one.tokens[:, -1], other.tokens[:, 0]) and torch.equal(one.reset[:, -1], other.reset[:, 0])
+        for row in range(source.rows):
+            parts = [
+                np.concatenate([x[row, :-1].numpy() for x in part]) for part in ([b.tokens for b in batches], [b.reset for b in batches])
+            ]
+            found.append(parts)
+    return found
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_an_epoch_is_every_document_once_in_whole(folder, streams):
+    source = stream(folder, streams=streams)
+    documents = [text.encode() for text in read_documents(f"{folder}/*.txt")]
+    length = sum(map(len, documents)) // (2 * streams)
+    parts = [(text[:length], reset[:length]) for text, reset in lanes(source, -(-length // 16))]
+    text, reset = np.concatenate([text for text, _ in parts]).tobytes(), np.concatenate([reset for _, reset in parts])
+    starts = set(reset.nonzero()[0].tolist())
+    places = {text.find(document[: len(text) - 20]): document for document in documents if document in text}
+    # All documents stand in it in whole but the last, of which as many bytes are missing as give no lane one more.
+    assert len(places) >= 8 and len(text) == length * 2 * streams > sum(map(len, documents)) - 2 * streams
+    assert starts == {i * length for i in range(2 * streams)} | set(places) | {max(p + len(d) for p, d in places.items())} - {len(text)}
+
+
+def test_epochs_differ_in_order_and_follow_one_another(folder):
+    text, reset = lanes(stream(folder, rows=1, steps=130), 125)[0]
+    documents = [text.encode() for text in read_documents(f"{folder}/*.txt")]
+    size = sum(map(len, documents))
+    orders = []
+    for epoch in range(2):
+        part, begins = text[epoch * size : (epoch + 1) * size].tobytes(), reset[epoch * size : (epoch + 1) * size]
+        orders.append([part.index(document) for document in documents])
+        assert begins.nonzero()[0].tolist() == sorted(orders[-1])
+    assert orders[0] != orders[1] and sorted(orders[0]) != orders[0]
+    assert not torch.equal(stream(folder, rows=1, seed=1)[0].tokens, stream(folder, rows=1)[0].tokens)
+
+
+def test_a_batch_depends_on_its_step_alone(folder):
+    source, other = stream(folder, streams=2), pickle.loads(pickle.dumps(stream(folder, streams=2)))
+    expected = [source[i] for i in range(40)]
+    for i in (39, 3, 21, 0, 38):
+        assert torch.equal(other[i].tokens, expected[i].tokens) and torch.equal(other[i].reset, expected[i].reset)
+    assert len(source) == 40
+    with pytest.raises(IndexError):
+        source[40]
+
+
+def test_a_window_longer_than_all_texts_goes_round(folder):
+    (folder / "a").mkdir()
+    (folder / "a" / "one.txt").write_text("abcde")
+    batch = DocumentStream(steps=1, texts=(f"{folder}/a/one.txt",), segment_length=16, segments=1, rows=1)[0]
+    assert bytes(batch.tokens[0].tolist()) == b"abcdeabcdeabcdeab"
+    assert batch.reset[0].nonzero().flatten().tolist() == [0, 5, 10, 15]
+
+
+def test_short_documents_are_left_out(folder):
+    text = lanes(stream(folder, shortest=109, rows=1, steps=60), 60)[0][0].tobytes()
+    for i, document in enumerate(read_documents(f"{folder}/*.txt")):
+        assert (document.encode() in text) == (17 + 23 * i >= 109)
+
+
+def test_documents_are_what_texts_are_joined_of(folder):
+    documents = read_documents(f"{folder}/*.txt")
+    assert len(documents) == 9 and read_texts(f"{folder}/*.txt") == "\n\n".join(documents)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(rows=0), "rows is 0; it must be at least 1"),
+        (dict(shortest=-1), "shortest is -1"),
+        (dict(texts=()), "texts is empty; name"),
+        (dict(texts=("nowhere.txt",)), "nowhere.txt does not exist"),
+        (dict(shortest=1000), "0 of 9 documents have 1000 bytes or more, 0 bytes in all, for 2 lanes"),
+        (dict(rows=1000), "981 bytes in all, for 1000 lanes"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(folder, changes, message):
+    with pytest.raises(InputError, match=message):
+        stream(folder, **changes)
+
+
+def test_a_model_learns_from_it_and_resumes_to_the_same_bits(folder, tmp_path):
+    def build(seed):
+        torch.manual_seed(seed)
+        return InfiniTransformer(
+            InfiniConfig.long(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, segment_length=8)
+        )
+
+    class Cut(DocumentStream):
+        def __getitem__(self, step):
+            if step == 33:
+                raise RuntimeError("power cut")
+            return super().__getitem__(step)
+
+    Cut.__module__, Cut.__qualname__ = DocumentStream.__module__, DocumentStream.__qualname__
+    settings = TrainSettings(
+        steps=20, accumulation=2, warmup_steps=2, learning_rate=0.02, device="cpu", precision="fp32", workers=0, checkpoint_every=8
+    )
+    whole, resumed = build(0), build(1)
+    metrics = train(whole, stream(folder, streams=2), settings, tmp_path / "whole")
+    assert metrics["loss"] < 4.6 and metrics["answer_loss"] is None  # ln 256 = 5.5, ln 96 = 4.56
+    cut = Cut(**{name: getattr(stream(folder, streams=2), name) for name in DocumentStream.__dataclass_fields__})
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(build(0), cut, settings, tmp_path / "halves")
+    train(resumed, stream(folder, streams=2), settings, tmp_path / "halves")
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+
+
+def test_the_command_trains_on_documents(folder, tmp_path, capsys):
+    arguments = ["train", "debug=tiny", "task=stream", f"task.texts=['{folder}/*.txt']", "task.segments=2", "task.rows=1"]
+    assert main([*arguments, "~task.min_segments", "~task.max_segments", "~task.tokens_per_batch", f"output={tmp_path}/run"]) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["data"]["class"] == "infini.tasks.stream.DocumentStream"
