@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from infini.tasks.passkey.benchmark import fingerprint
 from infini.tasks.recall.text import haystack_bytes
 from infini.tasks.rows import run_of
 from tqdm import tqdm
 
 from infini.errors import InputError
+from infini.report.fingerprint import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,12 +92,13 @@ def _read_file(command: Command, model):
     import torch
     from tqdm import tqdm
 
+    from infini.report.fingerprint import fingerprint
     from infini.session import StreamingSession
     from infini.train.interrupt import StopRequest
 
     path, size = Path(command.prompt_file), Path(command.prompt_file).stat().st_size
     session, digest, done = StreamingSession(model, piece=command.piece), hashlib.sha256(), 0
-    weights = _fingerprint(model) if command.session else None
+    weights = fingerprint(model) if command.session else None
     with open(path, "rb", buffering=0) as file, StopRequest() as interrupt:
         if command.session and Path(command.session).exists():
             session = StreamingSession.restore(command.session, model, command.piece)
@@ -177,16 +178,6 @@ def _answer(command: Command, session, tokenizer) -> Iterator[str]:
             yield text[shown:certain]
             shown = certain
     yield tokenizer.decode(ids)[shown:]
-
-
-def _fingerprint(model) -> str:
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _memory(model) -> int:

@@ -21,6 +21,7 @@ from infini.tasks.peak_memory import peak_bytes, start_peak
 from tqdm import tqdm
 
 from infini.errors import InputError
+from infini.report.fingerprint import fingerprint
 from infini.session import StreamingSession
 
 VERSION = 1
@@ -139,23 +140,6 @@ def run(model, tokenizer, settings: PasskeyBenchmark, output: Path) -> list[dict
                 finished.put(length, depth, cell)
             rows.append(cell["row"])
     return rows
-
-
-def fingerprint(model) -> str:
-    """SHA-256 of a model's tensors: names, dtypes, shapes and bytes.
-
-    Example:
-        >>> layer = torch.nn.Linear(2, 2)
-        >>> before = fingerprint(layer)
-        >>> layer.bias.data[0] += 1
-        >>> fingerprint(layer) == before
-        False
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _identity(model, settings, haystack, device) -> dict:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from infini.tasks.passkey.benchmark import fingerprint
 from infini.tasks.passkey.keys import draw_keys
 from infini.tasks.recall.text import DIGITS, KEY, NAMES, haystack_bytes, statements_of
 from infini.tasks.recall.training import check_recall
 from infini.tasks.rows import run_of
 
 from infini.errors import InputError
+from infini.report.fingerprint import fingerprint
 
 VALUES = 10  # the digits
 

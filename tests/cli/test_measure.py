@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from infini.tasks.passkey.benchmark import fingerprint
 
 from infini import InfiniConfig, InfiniTransformer
 from infini.cli.main import main
+from infini.report.fingerprint import fingerprint
 
 GRID = ["pairs=[1,3]", "distances=[0,200]", "rows=2", "asked=2", "device=cpu"]
 
