@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> None:
             make_record(
                 "passkey",
                 config=config,
-                data=_data(output),
+                data=_data(output) | _trained(command),
                 seeds={"prompts": settings.seed},
                 started=started,
                 rows=rows,
@@ -97,6 +97,15 @@ def _data(output: Path) -> dict:
     # The benchmark leaves there what its numbers depend on.
     identity = json.loads((output / "run.json").read_bytes())
     return {key: value for key, value in identity.items() if key.endswith("sha256")}
+
+
+def _trained(command: Command) -> dict:
+    """How far the training of the weights reached, where their folder says so."""
+    from infini import checkpoint
+    from infini.train.reach import read_reach
+
+    reach = None if command.hf else read_reach(checkpoint.resolve(command.checkpoint))
+    return {} if reach is None else {"trained": reach}
 
 
 def _help() -> str:

@@ -115,12 +115,23 @@ def caption(record: Mapping[str, Any]) -> str:
     facts = {
         "command": f"`{record['command']}`",
         "commit": commit,
+        **_reach(record),
         "seeds": seeds,
         "machine": hardware,
         "versions": versions,
         "started": f"{record['started']}, {record['seconds']:,.0f} s",
     }
     return "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
+
+
+def _reach(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a number about long texts has to be read beside."""
+    trained = record.get("data", {}).get("trained") or record.get("metrics", {})
+    if "gradient_tokens" not in trained:
+        return {}
+    return {
+        "trained": f"gradient through at most {trained['gradient_tokens']:,} tokens, states of texts of up to {trained['text_tokens']:,}"
+    }
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -27,11 +27,20 @@ class Progress:
             the learning rate follows from it.
         tokens: tokens predicted.
         seconds: wall time spent, over all resumptions.
+        gradient_tokens: most tokens that a gradient went through.
+        text_tokens: tokens of the longest text that a state has seen, long gaps counted.
     """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    gradient_tokens: int = 0
+    text_tokens: int = 0
+
+    def reached(self, gradient_tokens: int, text_tokens: int) -> None:
+        """Note how far a batch reached, see :func:`infini.train.reach.reach_of`."""
+        self.gradient_tokens = max(self.gradient_tokens, gradient_tokens)
+        self.text_tokens = max(self.text_tokens, text_tokens)
 
 
 def save_checkpoint(

@@ -24,6 +24,7 @@ from infini.train.checkpoint import Progress, latest_checkpoint, load_checkpoint
 from infini.train.interrupt import StopRequest
 from infini.train.metrics import MetricsLog
 from infini.train.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from infini.train.reach import reach_of, write_reach
 from infini.train.replay import Replay
 from infini.train.run_folder import claim, whole_folder
 from infini.train.settings import TrainSettings
@@ -95,9 +96,12 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
 
     with whole_folder(output / "model") as folder:
         model.save_pretrained(folder, dtype=torch.float16)
+        write_reach(folder, progress.gradient_tokens, progress.text_tokens)
     metrics = {
         "steps": progress.step,
         "tokens": progress.tokens,
+        "gradient_tokens": progress.gradient_tokens,
+        "text_tokens": progress.text_tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds,
@@ -159,6 +163,8 @@ def _run_steps(
                 called, optimizer, batches, settings.clip, device, schedule, settings.token_weight, streams
             )
             progress.step += 1
+            for batch in batches:
+                progress.reached(*reach_of(batch, settings.bptt_segments, streams.tokens_seen(batch)))
             window.add(progress.step, result)
             bar.update()
 

@@ -53,6 +53,10 @@ class Streams:
             # A copy: the state may be a view into the activations of the whole batch, which it would keep alive.
             self._ends[batch.stream] = state.detach().clone()
 
+    def tokens_seen(self, batch: Batch) -> int:
+        """Tokens of the longest document so far in the stream of a batch; 0 for a batch of no stream."""
+        return 0 if batch.stream is None else int(self._ends[batch.stream].tokens_seen.max())
+
     def save(self, folder: Path) -> None:
         """Write a file for each stream."""
         for stream, state in self._ends.items():

@@ -14,6 +14,7 @@ import pytest
 
 from infini.cli import main as cli
 from infini.config import InfiniConfig
+from infini.train.reach import write_reach
 
 COMMAND = [sys.executable, "-m", "infini.cli.main"]
 
@@ -69,6 +70,7 @@ def test_help_of_each_command_needs_no_torch(command, tmp_path):
 
 
 def test_passkey_writes_record_table_and_picture(checkpoint, tmp_path, monkeypatch, capfd):
+    write_reach(checkpoint, 96, 1096)
     asked = (f"checkpoint={checkpoint}", "lengths=[320,512]", "depths=[0,1]", "samples=2", "batch_size=2", "output=out")
     result = run("passkey", *asked, folder=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -79,6 +81,8 @@ def test_passkey_writes_record_table_and_picture(checkpoint, tmp_path, monkeypat
     assert all(needed <= row.keys() and row["samples"] == 2 for row in record["rows"])
     assert record["config"]["lengths"] == [320, 512]
     assert len(record["data"]["checkpoint_sha256"]) == 64
+    assert record["data"]["trained"] == {"gradient_tokens": 96, "text_tokens": 1096}
+    assert "- trained: gradient through at most 96 tokens, states of texts of up to 1,096\n" in (out / "record.md").read_text()
     assert (out / "record.md").read_text() in result.stdout
     assert (out / "record.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # Hydra left no folder of its own

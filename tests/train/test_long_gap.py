@@ -369,4 +369,5 @@ def test_the_loop_trains_on_gaps_and_probes_them(settings, tmp_path, replay):
     model = build().float()
     metrics = train(model, FarAsk(), settings(steps=6, precision="bf16", **replay), tmp_path)
     assert metrics["steps"] == 6 and metrics["loss"] > 0
+    assert (metrics["gradient_tokens"], metrics["text_tokens"]) == (4 * N, (4 + 6) * N)
     assert metrics["knockout_token_loss"] != 0  # of the last batch, which has a gap

@@ -7,6 +7,7 @@ import torch
 
 from infini.errors import InputError
 from infini.train import train
+from infini.train.reach import read_reach
 
 
 def weights(model):
@@ -58,6 +59,9 @@ def test_a_run_leaves_its_model_its_curve_and_its_record(tiny_model, copy_source
     assert record["kind"] == "train" and record["metrics"] == metrics
     assert record["data"]["class"].endswith("CopySource") and record["data"]["steps"] == 8
     assert metrics["tokens"] == sum(source[i].predicted_tokens for i in range(8))
+    longest = max(source[i].tokens.shape[1] - 1 for i in range(8))
+    assert (metrics["gradient_tokens"], metrics["text_tokens"]) == (longest, longest)
+    assert read_reach(tmp_path / "model") == {"gradient_tokens": longest, "text_tokens": longest}
 
 
 def test_the_same_seed_gives_the_same_run(tiny_model, copy_source, settings, tmp_path):

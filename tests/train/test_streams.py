@@ -161,10 +161,13 @@ def test_stopped_and_resumed_a_run_has_the_same_bits(settings, tmp_path, precisi
 
     Cut.__module__, Cut.__qualname__ = Text.__module__, Text.__qualname__
     whole, resumed = build(dtype=torch.float32), build(5, torch.float32)
-    train(whole, Text(steps=12), s, tmp_path / "whole")
+    reached = train(whole, Text(steps=12), s, tmp_path / "whole")
     with pytest.raises(RuntimeError, match="power cut"):
         train(build(dtype=torch.float32), Cut(steps=12), s, tmp_path / "halves")
-    train(resumed, Text(steps=12), s, tmp_path / "halves")
+    again = train(resumed, Text(steps=12), s, tmp_path / "halves")
+    cut = changes.get("bptt_segments", SEGMENTS) * WINDOW // SEGMENTS
+    assert reached["gradient_tokens"] == again["gradient_tokens"] == cut
+    assert reached["text_tokens"] == again["text_tokens"]
     expected = whole.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in resumed.state_dict().items())
     curves = [
@@ -175,6 +178,12 @@ def test_stopped_and_resumed_a_run_has_the_same_bits(settings, tmp_path, precisi
     for i in range(2):
         kept = [load_file(next((tmp_path / name).rglob(f"stream-{i}.safetensors"))) for name in ("whole", "halves")]
         assert len(kept[0]) > 8 and all(torch.equal(x, kept[1][name]) for name, x in kept[0].items())
+
+
+def test_a_run_says_how_long_its_documents_were(settings, tmp_path):
+    source = Text(steps=6, documents=False)
+    reached = train(build(dtype=torch.float32), source, settings(steps=3, accumulation=2, precision="fp32"), tmp_path)
+    assert (reached["gradient_tokens"], reached["text_tokens"]) == (WINDOW, 3 * WINDOW)
 
 
 def test_the_probe_starts_where_the_step_did(settings, tmp_path):
