@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -81,6 +82,11 @@ class RowSource(ABC):
             )
         text = "\n\n".join(map(read_texts, self.haystacks)).encode()
         object.__setattr__(self, "_text", np.frombuffer(text, np.uint8))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the natural text, where there is any."""
+        return {"haystacks_sha256": hashlib.sha256(self._text).hexdigest()} if self.haystacks else {}
 
     @abstractmethod
     def write_row(

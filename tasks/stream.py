@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +74,11 @@ class DocumentStream:
         object.__setattr__(self, "_sizes", sizes)
         object.__setattr__(self, "_begins", sizes.cumsum() - sizes)
         object.__setattr__(self, "_orders", {})
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the documents that are read, in the order of their files."""
+        return {"texts_sha256": hashlib.sha256(self._text).hexdigest()}
 
     def __len__(self) -> int:
         return self.steps

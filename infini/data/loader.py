@@ -13,7 +13,10 @@ from infini.data.batch import Batch
 
 
 class BatchSource(Protocol):
-    """Training data by random access: ``source[index]`` is the same batch in every process and run."""
+    """Training data by random access: ``source[index]`` is the same batch in every process and run.
+
+    It may have ``digests``, a dict of SHA-256 by name, of the files that it was made from: they are part of a run's identity.
+    """
 
     def __getitem__(self, index: int) -> Batch: ...
 

@@ -256,9 +256,10 @@ def _peak_memory_bytes(device: torch.device) -> int:
 
 
 def _describe(source: BatchSource) -> dict:
-    """What the data is made of, as plain values: the class and, of a dataclass, its fields."""
+    """What the data is made of, as plain values: the class, of a dataclass its fields, and the digests of files it read."""
     settings = fields(source) if is_dataclass(source) else ()
-    return {"class": _name(type(source)), **{f.name: getattr(source, f.name) for f in settings if f.init}}
+    plain = {f.name: getattr(source, f.name) for f in settings if f.init}
+    return {"class": _name(type(source)), **plain, **getattr(source, "digests", {})}
 
 
 def _name(cls: type) -> str:

@@ -148,3 +148,16 @@ def test_the_command_trains_on_documents(folder, tmp_path, capsys):
     assert main([*arguments, "~task.min_segments", "~task.max_segments", "~task.tokens_per_batch", f"output={tmp_path}/run"]) == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["data"]["class"] == "infini.tasks.stream.DocumentStream"
+
+
+def test_a_run_goes_on_with_the_very_text_that_it_began_with(folder, tmp_path):
+    shape = dict(vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = InfiniTransformer(InfiniConfig(**shape, segment_length=8))
+    settings = TrainSettings(steps=2, warmup_steps=1, workers=0, precision="fp32")
+    output = tmp_path / "run"
+    train(model, stream(folder, steps=2), settings, output)
+    digest = json.loads((output / "record.json").read_text())["data"]["texts_sha256"]
+    assert len(digest) == 64
+    (folder / "3.txt").write_bytes(b"another text, as long as it was " * 3)
+    with pytest.raises(InputError, match="texts_sha256"):
+        train(model, stream(folder, steps=2), settings, output)

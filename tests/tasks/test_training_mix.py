@@ -1,5 +1,6 @@
 """Passkey training with other needles and with natural text."""
 
+import hashlib
 import pickle
 import re
 from collections import Counter
@@ -166,3 +167,10 @@ def test_shares_of_nothing_change_nothing():
     plain, zero = PasskeyTraining(steps=9), PasskeyTraining(steps=9, needle_shares=zeros)
     assert all(torch.equal(plain[step].tokens, zero[step].tokens) for step in range(9))
     assert QUESTION.encode() in bytes(plain[8].tokens.flatten().tolist())
+
+
+def test_natural_text_is_told_by_its_digest(book):
+    pattern, text = book
+    assert PasskeyTraining(steps=4).digests == {}
+    found = PasskeyTraining(steps=4, haystacks=(pattern,), text_share=0.5).digests
+    assert found == {"haystacks_sha256": hashlib.sha256(text.encode()).hexdigest()}
