@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 import sys
 from importlib import metadata
 
@@ -24,6 +25,7 @@ REMEDIES = {
     errno.ENOTDIR: "name a folder, not a file",
 }
 INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
+BROKEN_PIPE = 141  # and one that SIGPIPE ended
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,8 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in COMMANDS:
             raise InputError(f"there is no command {name!r}: use one of {', '.join(COMMANDS)}")
         importlib.import_module(f"infini.cli.{name}").run(rest)
+        sys.stdout.flush()
     except InputError as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough; at exit Python would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except OSError as error:
         if error.errno not in REMEDIES:
             raise

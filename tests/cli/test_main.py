@@ -190,3 +190,11 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130, errors
     assert "interrupted: " in errors and "run the same command again to go on" in errors
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_output_that_nobody_reads_on_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([*COMMAND, "passkey", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
