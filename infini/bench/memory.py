@@ -1,11 +1,9 @@
-"""The memory's backends against each other: first equal, then timed. `python -m infini.bench.memory [OUTPUT_FOLDER]`.
+"""The memory's backends against each other: first equal, then timed. `infini bench`.
 
 Times the memory's part of one layer (write, scan, read, mix; projections and local attention left out), forward and with
 its gradient, and the whole shipped model: reading in bf16, and a training step without the optimizer under bf16 autocast.
 """
 
-import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -229,8 +227,3 @@ def _print_each(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         speed = f"{row['milliseconds']:10.3f} ms {row['tokens_per_second']:14,.0f} tokens/s {ratio}"
         print(f"{row['part']:26} {size:34} {row['backend']:7} {speed}", flush=True)
         yield row
-
-
-if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    run(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/bench_memory"))

@@ -13,6 +13,7 @@ COMMANDS = {  # name -> what it does; infini.cli.NAME.run(arguments) is imported
     "generate": "read a file of any size, then answer questions about it",
     "capacity": "how many facts a memory holds, and how long",
     "drift": "the error of an fp32 memory after a long stream",
+    "bench": "time the memory, plain and by kernels, on a GPU",
     "train": "train a model (-m: a sweep over several)",
     "report": "render tables and pictures from the records of runs",
 }

@@ -5,9 +5,9 @@ from pathlib import Path
 from infini.errors import InputError
 from infini.report.plots import capacity_curves, drift_curves, passkey_heat_map
 from infini.report.record import read_record, write_atomically
-from infini.report.tables import capacity_table, drift_table, passkey_table, train_table
+from infini.report.tables import bench_table, capacity_table, drift_table, passkey_table, train_table
 
-TABLES = {"passkey": passkey_table, "train": train_table, "capacity": capacity_table, "drift": drift_table}
+TABLES = {"passkey": passkey_table, "train": train_table, "capacity": capacity_table, "drift": drift_table, "bench": bench_table}
 PICTURES = {"passkey": passkey_heat_map, "capacity": capacity_curves, "drift": drift_curves}
 
 

@@ -100,6 +100,37 @@ def train_table(record: Mapping[str, Any]) -> str:
     return f"# Training\n\n{_table(['metric', 'value'], lines)}\n{caption(record)}"
 
 
+def bench_table(record: Mapping[str, Any]) -> str:
+    """One line per part and shape: plain PyTorch, the kernels, and the ratio of their times.
+
+    Args:
+        record: of kind "bench"; rows as of `infini.bench.memory.run`, both backends of a part.
+    """
+    parts: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in record["rows"]:
+        shape = "shipped model" if row.get("shape") is None else _shape(row["shape"])
+        parts.setdefault((row["part"], shape), {})[row["backend"]] = row
+    head = ["part", "rows x tokens / segment, heads : kv heads x width", "torch, ms", "triton, ms", "torch / triton"]
+    head += ["triton, tokens/s", "triton / copying the bytes"]
+    lines = [
+        [
+            part,
+            shape,
+            *(f"{by[name]['milliseconds']:.3f}" for name in ("torch", "triton")),
+            f"{by['torch']['milliseconds'] / by['triton']['milliseconds']:.2f}",
+            f"{by['triton']['tokens_per_second']:,.0f}",
+            f"{by['triton']['floor_ratio']:.2f}" if "floor_ratio" in by["triton"] else "-",
+        ]
+        for (part, shape), by in parts.items()
+    ]
+    note = f"Medians. This device copies {record['copy_bytes_per_second'] / 1e12:.2f} TB/s, bytes read and written counted.\n\n"
+    return f"# Speed of the memory\n\n{_table(head, lines)}\n{note}{caption(record)}"
+
+
+def _shape(shape: Mapping[str, Any]) -> str:
+    return "{rows} x {tokens:,} / {segment_length:,}, {heads} : {groups} x {head_dim}".format(**shape)
+
+
 def caption(record: Mapping[str, Any]) -> str:
     """Where the numbers come from: command, commit, seeds, machine, versions, date."""
     source, machine = record["source"], record["machine"]

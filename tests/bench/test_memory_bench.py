@@ -7,6 +7,7 @@ from infini import InfiniConfig, InfiniTransformer
 from infini.attention import InfiniAttention
 from infini.bench.memory import Shape, run
 from infini.report.record import read_record
+from infini.report.render import render
 
 pytest.importorskip("triton")
 SHAPES = [Shape(1, 24, 16, 2, 1, 16), Shape(1, 16, 8, 1, 1, 16, long=False)]
@@ -28,6 +29,11 @@ def test_every_part_is_timed_by_both_backends(tmp_path, kernel_device, capsys):
     assert all(row["milliseconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
     record = read_record(tmp_path / "record.json")
     assert record["rows"] == rows and record["config"]["batch"] == [1, 16]
+    table = render(tmp_path / "record.json")[0].read_text()
+    plain, fast = (next(row for row in rows if row["backend"] == backend) for backend in ("torch", "triton"))
+    times = f"| memory forward | 1 x 24 / 16, 2 : 1 x 16 | {plain['milliseconds']:.3f} | {fast['milliseconds']:.3f} |"
+    assert f"{times} {plain['milliseconds'] / fast['milliseconds']:.2f} |" in table
+    assert table.count("| shipped model |") == 2 and table.count("\n| memory") == 2 * len(SHAPES)
     assert len([line for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]) == len(rows)
 
 

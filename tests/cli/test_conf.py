@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infini.cli import generate, measure, passkey, train
+from infini.cli import bench, generate, measure, passkey, train
 from infini.cli.build import fill
 from infini.cli.compose import compose
 from infini.config import InfiniConfig
@@ -79,8 +79,13 @@ def test_measures_compose_and_build(kind):
     assert fields == {key for key in config if key[0] != "_"}
 
 
+def test_bench_composes_and_builds():
+    config = compose("bench", [])
+    assert dataclasses.asdict(fill(bench.Command, "", config)) == config
+
+
 def test_no_yaml_is_outside_the_tests_above():
-    tested = {f"{name}.yaml" for name in ("passkey", "train", "generate", *MEASURES)}
+    tested = {f"{name}.yaml" for name in ("passkey", "train", "generate", "bench", *MEASURES)}
     tested |= {"task/base/rows.yaml"}  # composed into every task of rows
     for group in ("model", "task", "experiment", "debug", "grid"):
         tested |= {f"{group}/{option}.yaml" for option in options(group)}
