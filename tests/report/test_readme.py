@@ -82,3 +82,8 @@ def test_what_did_not_work_is_told_with_the_numbers_of_its_records(source, cells
     lengths = sorted({row["length"] for row in rows})
     told = [cell.strip() for cell in cells.split("|")]
     assert told[: len(lengths)] == [right_of([row for row in rows if row["length"] == length]) for length in lengths]
+
+
+def test_what_is_said_of_books_is_the_record():
+    rows = read("results/passkey_bytes_12m/untrained/natural_text/record.json")["rows"]
+    assert f"it finds {right_of(rows)} keys up to {max(row['length'] for row in rows):,} tokens" in README
