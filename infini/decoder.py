@@ -2,6 +2,7 @@
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -18,7 +19,7 @@ from infini.state import StreamState
 KEEP = ("all", "last", "none")
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Embedding, blocks, norm and head. A model is a subclass that says how its blocks are walked (`_read`).
 
     Args:
@@ -112,6 +113,7 @@ class Decoder(nn.Module):
                 x = x.gather(1, place.unsqueeze(-1).expand(-1, -1, x.shape[-1])) * ~padding.unsqueeze(-1)
         return (x if hidden else self.head(x)), state
 
+    @abstractmethod
     def _read(
         self, tokens: Tensor, state: StreamState | None, reset: Tensor | None, lengths: Tensor | None, **options
     ) -> tuple[Tensor, StreamState]:
@@ -127,7 +129,6 @@ class Decoder(nn.Module):
         Returns:
             What the last block gives, `[batch, tokens, hidden_size]`, and the new state.
         """
-        raise NotImplementedError
 
     def _finish(self, x: Tensor) -> Tensor:
         """From what the last block gives to what the head reads."""
@@ -140,9 +141,9 @@ class Decoder(nn.Module):
         return block(*arguments)
 
     @property
+    @abstractmethod
     def state_shape(self) -> str:
         """What a state must agree in to be used with this model, as JSON."""
-        raise NotImplementedError
 
     def enable_recompute(self, on: bool = True) -> None:
         """Keep only each block's input in training and compute the rest again in the backward pass."""
