@@ -30,6 +30,22 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), state
 
 
+class Heads(nn.Module):
+    """The projections of multi-head attention (arXiv:1706.03762).
+
+    Parameters (hidden size D, heads h, head width d): q_proj, k_proj, v_proj `[h d, D]`, o_proj `[D, h d]`, no biases.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+
 def require_sdpa(attention: str) -> str:
     """The backend, if it is one of a model whose attention runs through torch alone.
 

@@ -30,20 +30,4 @@ class DecoderConfig(ModelConfig):
     """Name of the tokenizer that the checkpoint was trained with."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "segment_length",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        if self.head_dim is None:
-            self._require(
-                "hidden_size",
-                self.hidden_size % self.num_attention_heads == 0,
-                f"a multiple of num_attention_heads = {self.num_attention_heads}, or head_dim must be given",
-            )
-            self._set("head_dim", self.hidden_size // self.num_attention_heads)
-        self._require("head_dim", self.head_dim >= 2 and self.head_dim % 2 == 0, "even, for the positions")
+        self._check_shape()

@@ -37,6 +37,26 @@ class ModelConfig:
         if not holds:
             raise InputError(f"{name} is {getattr(self, name)!r}; it must be {limit}")
 
+    def _check_shape(self) -> None:
+        """Check the fields that every decoder has; set `head_dim` where it is None."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "segment_length",
+        ):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        if self.head_dim is None:
+            self._require(
+                "hidden_size",
+                self.hidden_size % self.num_attention_heads == 0,
+                f"a multiple of num_attention_heads = {self.num_attention_heads}, or head_dim must be given",
+            )
+            self._set("head_dim", self.hidden_size // self.num_attention_heads)
+        self._require("head_dim", self.head_dim >= 2 and self.head_dim % 2 == 0, "even, for the positions")
+
 
 @dataclass(frozen=True, kw_only=True)
 class InfiniConfig(ModelConfig):
@@ -92,15 +112,7 @@ class InfiniConfig(ModelConfig):
     """Name of the tokenizer that the checkpoint was trained with."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "segment_length",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._check_shape()
         if self.num_key_value_heads is None:
             self._set("num_key_value_heads", self.num_attention_heads)
         self._require(
@@ -108,14 +120,6 @@ class InfiniConfig(ModelConfig):
             self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
             f"a divisor of num_attention_heads = {self.num_attention_heads}",
         )
-        if self.head_dim is None:
-            self._require(
-                "hidden_size",
-                self.hidden_size % self.num_attention_heads == 0,
-                f"a multiple of num_attention_heads = {self.num_attention_heads}, or head_dim must be given",
-            )
-            self._set("head_dim", self.hidden_size // self.num_attention_heads)
-        self._require("head_dim", self.head_dim >= 2 and self.head_dim % 2 == 0, "even, for the rotary positions")
         self._require("update_rule", self.update_rule in UPDATE_RULES, f"one of {', '.join(UPDATE_RULES)}")
         if self.feature_map is None:
             self._set("feature_map", "none" if self.update_rule == "deltanet" else "elu")

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from baselines.full.config import FullConfig
+from baselines.block import Heads
 from baselines.full.state import FullLayer
 from infini.layers.rotary import rotate
 from infini.local import local_attention
@@ -14,20 +14,9 @@ from infini.segments import SegmentPlan
 QUERIES = 256
 
 
-class FullAttention(nn.Module):
+class FullAttention(Heads):
     """Multi-head attention (arXiv:1706.03762) with rotary positions (arXiv:2104.09864).
-
-    Parameters (hidden size D, heads h, head width d): q_proj, k_proj, v_proj `[h d, D]`, o_proj `[D, h d]`, no biases.
     """
-
-    def __init__(self, config: FullConfig):
-        super().__init__()
-        self.config = config
-        width = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, state: FullLayer | None, plan: SegmentPlan, near: SegmentPlan, rotary, backend: str

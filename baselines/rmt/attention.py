@@ -2,26 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from baselines.rmt.config import RMTConfig
+from baselines.block import Heads
 from infini.layers.rotary import rotate
 
 
-class SegmentAttention(nn.Module):
+class SegmentAttention(Heads):
     """Multi-head attention with rotary positions under a given mask.
-
-    Parameters (hidden size D, heads h, head width d): q_proj, k_proj, v_proj `[h d, D]`, o_proj `[D, h d]`, no biases.
     """
-
-    def __init__(self, config: RMTConfig):
-        super().__init__()
-        self.config = config
-        width = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], seen: Tensor) -> tuple[Tensor, None]:
         """Attend `x` `[batch, tokens, D]`; `seen` is bool `[tokens, tokens]`. A layer by itself carries nothing on."""

@@ -5,28 +5,22 @@ import math
 import torch
 from torch import Tensor, nn
 
+from baselines.block import Heads
 from baselines.cache import CachePlan, cached_attention
 from baselines.config import DecoderConfig
 from baselines.transformer_xl.state import CacheLayer
 
 
-class CachedAttention(nn.Module):
+class CachedAttention(Heads):
     """One attention layer of arXiv:1901.02860, over any number of segments.
 
-    Parameters (hidden size D, heads h, head width d): q_proj, k_proj, v_proj `[h d, D]`, o_proj `[D, h d]`, and with relative
-    positions r_proj `[h d, D]`, W_{k,R} of the paper. No biases; u and v are the model's.
+    Parameters beside those of `Heads`: with relative positions r_proj `[h d, D]`, W_{k,R} of the paper. u and v are the model's.
     """
 
     def __init__(self, config: DecoderConfig, relative: bool):
-        super().__init__()
-        self.config = config
-        width = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        super().__init__(config)
         if relative:
-            self.r_proj = nn.Linear(config.hidden_size, width, bias=False)
+            self.r_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
 
     def forward(
         self, x: Tensor, state: CacheLayer | None, plan: CachePlan, positions, biases, use_cache: bool
