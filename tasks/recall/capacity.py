@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from infini.tasks.passkey.keys import draw_keys
 from infini.tasks.recall.text import DIGITS, KEY, NAMES, haystack_bytes, statements_of
-from infini.tasks.recall.training import check_recall
 from infini.tasks.rows import run_of
 
 from infini.errors import InputError
@@ -84,7 +83,8 @@ def capacity(
     Raises:
         InputError: a number that is too small, more pairs than names, a haystack that cannot be read.
     """
-    check_recall(tuple(pairs), (0,))
+    if not pairs or min(pairs) < 1 or max(pairs) > len(NAMES):
+        raise InputError(f"pairs are {list(pairs)}; give at least one, each 1 to {len(NAMES)}, the number of names")
     for name, value in (("rows", rows), ("asked", asked), ("piece", piece), ("key_dim", key_dim)):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")

@@ -108,8 +108,8 @@ def test_a_real_model_gives_the_same_in_any_pieces():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (dict(pairs=(0,)), "recall pools are"),
-        (dict(pairs=(677,)), "recall pools are"),
+        (dict(pairs=(0,)), "pairs are"),
+        (dict(pairs=(677,)), "pairs are"),
         (dict(distances=()), "distances are"),
         (dict(distances=(-1,)), "distances are"),
         (dict(rows=0), "rows is 0"),
