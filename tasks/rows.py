@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from infini.tasks.numbers import sow_numbers
 from infini.tasks.text_files import read_texts
 
 from infini.data.batch import Batch
@@ -49,6 +50,8 @@ class RowSource(ABC):
         haystacks: files of natural text, see :func:`infini.tasks.text_files.read_texts`; all are read
             when the source is made.
         text_share: share of rows whose filler is a window of that text, begun at a random byte.
+        number_share: 0..0.5, share of its words that are numbers instead, in one half of these rows; see
+            :func:`infini.tasks.numbers.sow_numbers`.
     """
 
     steps: int
@@ -60,6 +63,7 @@ class RowSource(ABC):
     tokens_per_batch: int = 32768
     haystacks: tuple[str, ...] = ()
     text_share: float = 0.0
+    number_share: float = 0.0
 
     def __post_init__(self):
         for name in ("steps", "segment_length", "min_segments", "tokens_per_batch"):
@@ -80,8 +84,15 @@ class RowSource(ABC):
                 f"text_share is {self.text_share} and haystacks are {list(self.haystacks)}; "
                 "give both, or 0 and none"
             )
-        text = "\n\n".join(map(read_texts, self.haystacks)).encode()
-        object.__setattr__(self, "_text", np.frombuffer(text, np.uint8))
+        if not 0 <= self.number_share <= 0.5 or (self.number_share and not self.haystacks):
+            raise InputError(
+                f"number_share is {self.number_share} and haystacks are {list(self.haystacks)}; "
+                "it is a share of the words of haystacks, from 0 to 0.5"
+            )
+        text = np.frombuffer("\n\n".join(map(read_texts, self.haystacks)).encode(), np.uint8)
+        object.__setattr__(self, "_text", text)
+        sown = sow_numbers(text, self.number_share, self.seed) if self.number_share else None
+        object.__setattr__(self, "_sown", sown)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -104,7 +115,9 @@ class RowSource(ABC):
     def draw_filler(self, random: np.random.Generator, own: np.ndarray) -> np.ndarray:
         """The text that fills a row: natural text in ``text_share`` of the rows, else ``own``."""
         # Without natural text nothing is drawn, so that rows are what they were before there was any.
-        return self._text if self.text_share and random.random() < self.text_share else own
+        if not self.text_share or random.random() >= self.text_share:
+            return own
+        return self._text if self._sown is None or random.random() < 0.5 else self._sown
 
     def top(self, step: int) -> int:
         """Most segments that a row of this step can have."""

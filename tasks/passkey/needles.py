@@ -206,6 +206,34 @@ def _niah_single_1(random: np.random.Generator, key: int, held_out: bool) -> Qui
     )
 
 
+_LINKS = "is was has of for in at with to by from under number".split()
+_SAID = ("Remember it.", "Again: {phrase} {key}.", "{key} it is.", "{phrase} {key} and nothing else.", "Keep {key} in mind.")
+_SAID_QUESTION = ("What was it? {phrase}", "And now again: {phrase}", "Tell me the number. {phrase}")
+
+
+def _phrase(random: np.random.Generator, key: int, held_out: bool) -> Quiz:
+    """One to four numbers, each after words that hardly ever come twice; the words are repeated and one number is asked for.
+
+    No fixed sentence can be learned from it, only that a number belongs to the words before it.
+    """
+    count = int(random.integers(1, 4, endpoint=True))
+    phrases: list[str] = []
+    while len(phrases) < count:
+        words = random.choice(_ADJECTIVES + _NOUNS, int(random.integers(2, 3, endpoint=True))).tolist()
+        words.insert(int(random.integers(1, len(words), endpoint=True)), str(random.choice(_LINKS)))
+        phrases.append(" ".join(["The", *words]))
+        phrases = list(dict.fromkeys(phrases))
+
+    def said(phrase: str, number: int) -> str:
+        after = _SAID[random.integers(len(_SAID))].format(phrase=phrase, key=number)
+        return f"{phrase} {number}. {after}"
+
+    keys = [key, *_other_keys(random, key, count - 1, held_out)]
+    needle, *others = (said(phrase, number) for phrase, number in zip(phrases, keys, strict=True))
+    question = _SAID_QUESTION[random.integers(len(_SAID_QUESTION))].format(phrase=phrases[0])
+    return Quiz(needle, question, decoys=tuple(Decoy(text, place) for text, place in zip(others, random.random(count - 1))))
+
+
 def _other_keys(random: np.random.Generator, key: int, count: int, held_out: bool) -> list[int]:
     """Numbers of as many digits that differ from ``key`` and from each other."""
     keys = [key]
@@ -222,5 +250,6 @@ NEEDLES = {
     "competing_8": _competing(8),
     "updated": NeedleKind(_updated),
     "wording": NeedleKind(_wording, trained=False),
+    "phrase": NeedleKind(_phrase),
     "niah_single_1": NeedleKind(_niah_single_1, digits=7, filler=_RULER_FILLER),
 }

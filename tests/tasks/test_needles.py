@@ -195,10 +195,13 @@ def test_the_benchmark_asks_every_kind(oracle, tokenizer, tmp_path, name):
         assert is_held_out(sample["key"]) and len(str(sample["key"])) == settings.digits
         start, end = sample["needle"]
         assert sample["border_cut"] == (start // 100 != (end - 1) // 100)
-        assert len(sample["decoys"]) == {"competing_4": 3, "competing_8": 7, "updated": 1}.get(name, 0)
+        if name == "phrase":
+            assert 0 <= len(sample["decoys"]) <= 3
+        else:
+            assert len(sample["decoys"]) == {"competing_4": 3, "competing_8": 7, "updated": 1}.get(name, 0)
         cut += sample["border_cut"]
     assert row["border_cut"] == cut
-    kinds_of_question = {"competing_4": 5, "competing_8": 5, "wording": 3, "niah_single_1": 18}
+    kinds_of_question = {"competing_4": 5, "competing_8": 5, "wording": 3, "niah_single_1": 18, "phrase": 20}
     assert len({sample["question"] for sample in cell["samples"]}) >= kinds_of_question.get(name, 1)
 
 

@@ -17,8 +17,9 @@ from infini.errors import InputError
 
 ONLY_PASSKEY = dict(recall_share_start=0.0, recall_share_end=0.0)
 LONG = dict(min_segments=8, max_segments=8)
-SAID = r"\n(?:The pass key has changed\. )?(?:The pass key|One of the special)[^\n]*\.\n"
-ASKED = r"\n(?:What is[^\n?]*\? The (?:pass key|special)[^\n?]* is) (\d+)"
+PHRASE = r"The (?!pass key|special magic|grass is|sky is|sun is)(?:[a-z]+ ){1,3}[a-z]+"
+SAID = rf"\n(?:The pass key has changed\. )?(?:The pass key|One of the special|{PHRASE} \d{{5}}\. )[^\n]*\n"
+ASKED = rf"\n(?:What is[^\n?]*\? The (?:pass key|special)[^\n?]* is|[A-Z][a-z ]+[.:?] {PHRASE}) (\d+)"
 
 
 def rows(source, steps):
@@ -34,6 +35,8 @@ def kind_of(text):
         return "niah_single_1"
     if "has changed" in text:
         return "updated"
+    if re.search(rf"\n{PHRASE} \d{{5}}", text):
+        return "phrase"
     return "passkey" if len(said) == 1 else f"competing_{len(said)}"
 
 
@@ -59,8 +62,10 @@ def test_rows_are_the_benchmarks_text_and_every_question_has_the_right_answer(na
         dense += len(questions) > 1
         (asked,) = {question[0].rpartition(" ")[0] for question in questions}
         (key,) = {question[1] for question in questions}
-        who = re.search(r" (?:of|for) ([\w-]+)", asked)
+        who = re.search(r" (?:of|for) ([\w-]+)", asked) if name != "phrase" else None
         about = [(at, said_) for at, said_ in said if who is None or f" {who[1]} is" in said_]
+        if name == "phrase":  # the words before the number are those that the question ends with
+            about = [(at, said_) for at, said_ in said if said_.startswith(f"\n{re.search(PHRASE, asked)[0]} ")]
         assert key in about[-1][1]  # of several about the same, the last counts
         if name == "updated":
             assert len(about) == 2 and key not in about[0][1]
@@ -119,6 +124,18 @@ def test_filler_is_a_window_of_natural_text_in_its_share_of_rows(book):
     assert np.histogram(starts, bins=4, range=(0, 1))[0].min() > 0.5 * natural / 4
 
 
+def test_half_of_the_rows_in_natural_text_have_numbers_among_its_words(book):
+    pattern, text = book
+    source = PasskeyTraining(steps=40, haystacks=(pattern,), text_share=1.0, number_share=0.1, **LONG, **ONLY_PASSKEY)
+    with_numbers, total = 0, 0
+    for row, _ in rows(source, range(40)):
+        filler = re.sub(ASKED + r"(\.\n|\.?\Z)", "", re.sub(SAID, "", row.decode())).removeprefix(TASK + "\n")
+        total += 1
+        with_numbers += bool(re.search(r"\b\d{5}\b", filler))
+        assert with_numbers or filler in text + text
+    assert 0.35 < with_numbers / total < 0.65
+
+
 @pytest.mark.parametrize("task", [PasskeyTraining, RecallTraining])
 def test_dense_recall_stands_in_natural_text_too(task, book):
     pattern, text = book
@@ -155,6 +172,8 @@ def test_rows_with_text_and_kinds_depend_on_seed_and_step_alone(book):
         (dict(haystacks=("x.txt",)), "text_share is 0.0 and haystacks are"),
         (dict(haystacks=("no/such.txt",), text_share=0.5), "no/such.txt does not exist"),
         (dict(text_share=1.5), "text_share is 1.5"),
+        (dict(number_share=0.1), "number_share is 0.1 and haystacks are \\[\\]"),
+        (dict(number_share=0.6, text_share=0.5, haystacks=("x.txt",)), "number_share is 0.6"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(setting, message):
