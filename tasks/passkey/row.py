@@ -16,7 +16,7 @@ class Row:
 
     Args:
         tokens: uint8 ``[length]``; overwritten.
-        answer: bool ``[length]``; set where an answer's digits are.
+        answer: bool ``[length]``; set where an answer's digits are, and the stop after them.
         quiz: what is said and asked.
         key: the number that is asked for.
         filler: uint8 ``[period]``.
@@ -48,10 +48,11 @@ class Row:
         self.at += count
 
     def ask(self) -> None:
-        """Writes the question and its answer."""
+        """Writes the question and its answer; that the number ends belongs to it."""
         self.text(self._question + self._key)
-        self.answer[self.at - len(self._key) : self.at] = True
+        start = self.at - len(self._key)
         self.text(_AFTER)
+        self.answer[start : start + len(self._key) + 1] = True
 
     def stretch(self, filler: int, events: list[tuple[int, bytes | None]]) -> None:
         """Writes ``filler`` bytes of filler, interrupted by events.

@@ -1,4 +1,4 @@
-"""The shipped record and the shipped model were made with exactly these bytes."""
+"""The shipped record was made with exactly these bytes, and the shipped model (its answers did not hold the stop after them)."""
 
 import hashlib
 
@@ -38,16 +38,16 @@ def test_the_default_benchmark_reads_the_same_bytes(oracle, tokenizer, tmp_path,
             PasskeyTraining(steps=1000, seed=0),
             [
                 ("e7f2cff61072e531", "afaf5f39bd5b1c32"),
-                ("f409312b7e97c5cd", "b47fc39bbbd927d3"),
-                ("82b0e45672364528", "52bd1ac0eb721b20"),
+                ("f409312b7e97c5cd", "fb80ce1aa9f94a5c"),
+                ("82b0e45672364528", "37246a34c93de0f0"),
             ],
         ),
         (
             PasskeyTraining(steps=1000, seed=3, recall_share_end=0.0, recall_fall=0.1),
             [
                 ("348242ef9555e1f2", "634bae24e3c29b40"),
-                ("1fe2b48a1a94d417", "568e19d31b944024"),
-                ("67fcb129d51afcab", "7be2b983526d31d1"),
+                ("1fe2b48a1a94d417", "0d8a147040e6e1e0"),
+                ("67fcb129d51afcab", "6bc2c1d313dadb53"),
             ],
         ),
         (

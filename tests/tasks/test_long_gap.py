@@ -61,7 +61,8 @@ def test_all_is_said_before_the_gap_and_asked_after_it(segment_length):
             marks = np.flatnonzero(answer)
             assert marks.min() > len(before)
             row = before + after
-            assert bytes(row[i] for i in marks) == key * (len(marks) // len(key))
+            answered = bytes(row[i] for i in marks)
+            assert answered in (key + b".") * (len(marks) // len(key) + 1) and answered.startswith(key)
             end = re.search(rb".*" + ASKED, row, re.DOTALL).end(1) - len(key) - 1
             assert end >= (batch.segments - 1) * segment_length  # the last question, in the last segment
     assert kinds == {(1, False), (2, False), (4, False), (8, False), (1, True)}

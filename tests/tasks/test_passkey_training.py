@@ -43,9 +43,9 @@ def test_passkey_rows_are_the_benchmarks_text_with_questions_in_it():
         assert rest in FILLER * (len(rest) // len(FILLER) + 2)  # uninterrupted by what was put in
 
         marks = np.flatnonzero(answer)
-        assert "".join(text[i] for i in marks) == key * (len(marks) // 5)
-        asked = [found.end() + 1 + i for found in re.finditer(re.escape(QUESTION), text) for i in range(5)]
-        assert marks.tolist() == asked
+        asked = [found.end() + 1 + i for found in re.finditer(re.escape(QUESTION), text) for i in range(6)]
+        assert marks.tolist() == [place for place in asked if place < len(text)]
+        assert {text[i] for i in marks} == set(key) | {"."}  # that the number ends there is learned too
 
 
 def test_keys_of_the_benchmark_are_never_trained():
@@ -61,7 +61,7 @@ def test_the_last_question_ends_in_the_last_segment_and_often_on_its_border():
     for segments, text, answer in rows(source, range(300)):
         end = text.rindex(QUESTION) + len(QUESTION)
         assert (segments - 1) * 256 <= end <= segments * 256 - 5
-        assert answer[end + 1 : end + 6].all() and not answer[end + 6 :].any()
+        assert answer[end + 1 : end + 7].all() and not answer[end + 7 :].any()
         ends.append(end % 256)
     assert 0.22 < np.mean(np.array(ends) == 0) < 0.29
     assert len(set(ends)) > 230
