@@ -41,13 +41,20 @@ def right_of(rows: list[dict]) -> str:
 def test_other_seeds_are_those_of_their_records():
     folder = "results/passkey_bytes_12m"
     assert f"it finds {right_of(read(f'{folder}/passkey_seed1/record.json')['rows'])} keys" in README
-    assert f"another seed finds {right_of(read(f'{folder}/seed1/passkey_seed1/record.json')['rows'])};" in README
+    assert f"another seed finds {right_of(read(f'{folder}/seed1/passkey_seed1/record.json')['rows'])}," in README
+    assert f"and at a million tokens {right_of(read(f'{folder}/seed1/million/record.json')['rows'])}." in README
     assert read(f"{folder}/seed1/training/record.json")["seeds"]["train"] == 1
 
 
 def test_peak_memory_does_not_grow():
     peaks = {row["peak_memory_bytes"] for row in read("results/passkey_bytes_12m/peak_memory/record.json")["rows"]}
     assert len(peaks) == 1 and "the same to the byte" in README
+
+
+def test_drift_is_its_record():
+    rows = read("results/drift/record.json")["rows"]
+    (last,) = [row for row in rows if row["tokens"] == 10_485_760]
+    assert f"within {last['read_error']:.0e} of its fp64 copy" in README
 
 
 def test_numbers_in_the_text_are_the_training_record():
