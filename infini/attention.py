@@ -201,17 +201,23 @@ class InfiniAttention(nn.Module):
     def _write_by_kernels(
         self, initial: MemoryState, k: Tensor, v: Tensor, strength: Tensor | None, plan: SegmentPlan
     ) -> tuple[MemoryState, MemoryState]:
-        """`_write` of uniform rows under the `linear` rule."""
+        """`_write` of uniform rows under the rules that have kernels."""
         offset = plan.history - plan.opened
         written = (k.shape[1] - offset) // plan.segment_length
         if written == 0:
             return MemoryState(*(m.unsqueeze(1) for m in initial)), initial
-        from infini.kernels.write import write_linear
-
         scale, bias = (self.key_scale, self.key_bias) if self.config.qk_norm else (None, None)
-        M, z, M_after, z_after = write_linear(
-            k, v, strength, scale, bias, *initial, offset, written, plan.segments, plan.segment_length, self.config.rms_norm_eps
-        )
+        places = (offset, written, plan.segments, plan.segment_length, self.config.rms_norm_eps)
+        if self.config.update_rule == "linear":
+            from infini.kernels.write import write_linear
+
+            M, z, M_after, z_after = write_linear(k, v, strength, scale, bias, *initial, *places)
+        else:
+            from infini.kernels.delta import write_delta
+
+            M, z, M_after, z_after = write_delta(
+                k, v, strength, scale, bias, *initial, plan.has_memory, *places, memory.DENOMINATOR_FLOOR
+            )
         return MemoryState(M, z), MemoryState(M_after, z_after)
 
     def _read_by_kernels(self, q: Tensor, before: MemoryState, local_output: Tensor, plan: SegmentPlan, use_memory: bool) -> Tensor:

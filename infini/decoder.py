@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from infini import checkpoint
 from infini.config import ModelConfig
 from infini.errors import InputError
+from infini.layers.cross_entropy import HELD_LOGITS, token_losses
 from infini.layers.norm import RMSNorm
 from infini.state import StreamState
 
@@ -26,6 +27,9 @@ class Decoder(nn.Module, ABC):
         config: every choice; has the fields that this class reads, under the names of `InfiniConfig`.
         make_block: builds the block of a layer, by its index.
         attention: backend of attention: `auto`, `flash`, `sdpa` or `eager`; a property of the machine, not of the model.
+
+    Attributes:
+        loss_tokens: tokens whose logits are held at a time while losses are computed; None: as many as make 2^26 logits.
     """
 
     config_class: ClassVar[type[ModelConfig]]
@@ -36,6 +40,7 @@ class Decoder(nn.Module, ABC):
     def __init__(self, config: Any, make_block: Callable[[int], nn.Module], attention: str = "auto"):
         super().__init__()
         self.config, self.attention_backend = config, attention
+        self.loss_tokens: int | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(make_block(layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -65,6 +70,7 @@ class Decoder(nn.Module, ABC):
         padding: Tensor | None = None,
         keep: str = "all",
         hidden: bool = False,
+        targets: Tensor | None = None,
         memory: bool = True,
         trace: dict | None = None,
     ) -> tuple[Tensor | None, StreamState]:
@@ -78,21 +84,28 @@ class Decoder(nn.Module, ABC):
                 is computed, so it moves no segment border. Its logits are those of a hidden state of zeros.
             keep: `all` logits, those of each row's `last` token, or `none`.
             hidden: return the final normalised hidden states in place of logits.
+            targets: int `[batch, tokens]`, the token that is to follow each; its loss is returned in place of logits, and logits of
+                `loss_tokens` tokens at a time are all that exist. Padding has loss 0.
             memory: False silences the model's memory (knock-out); what that is, the model says.
             trace: receives `trace["layers"]`, one dict of detached statistics a layer (None without memory).
 
         Returns:
-            Logits `[batch, tokens or 1, vocab]` (or hidden states `[..., hidden_size]`, or None), and the state after the last
-            token. The state carries gradients; `state.detach()` cuts them.
+            Logits `[batch, tokens or 1, vocab]` (or hidden states `[..., hidden_size]`, losses `[batch, tokens]` in nats, or None),
+            and the state after the last token. The state carries gradients; `state.detach()` cuts them.
 
         Raises:
             InputError: shapes, ids or the state do not fit.
         """
-        return self._forward(tokens, state, reset, padding, keep, hidden, memory=memory, trace=trace)
+        return self._forward(tokens, state, reset, padding, keep, hidden, targets, memory=memory, trace=trace)
 
-    def _forward(self, tokens, state, reset, padding, keep, hidden, **options) -> tuple[Tensor | None, StreamState]:
+    def _forward(self, tokens, state, reset, padding, keep, hidden, targets, **options) -> tuple[Tensor | None, StreamState]:
         if keep not in KEEP:
             raise InputError(f"keep is {keep!r}; choose one of {', '.join(KEEP)}")
+        if targets is not None and (keep != "all" or hidden or targets.shape != tokens.shape):
+            raise InputError(
+                f"targets are {list(targets.shape)} for tokens {list(tokens.shape)}, with keep={keep!r} and hidden={hidden}; losses "
+                "are of all tokens: give a target for each, and neither keep nor hidden"
+            )
         self._check(tokens, state, reset, padding)
         lengths, place = None, None
         if padding is not None:
@@ -111,6 +124,9 @@ class Decoder(nn.Module, ABC):
             if place is not None:
                 # Back to where the tokens stood; padding gets zeros.
                 x = x.gather(1, place.unsqueeze(-1).expand(-1, -1, x.shape[-1])) * ~padding.unsqueeze(-1)
+        if targets is not None:
+            losses = token_losses(x, targets, self.head, self.loss_tokens or max(1, HELD_LOGITS // self.config.vocab_size))
+            return (losses if padding is None else losses.masked_fill(padding, 0)), state
         return (x if hidden else self.head(x)), state
 
     @abstractmethod

@@ -1,12 +1,10 @@
 """Causal attention near a token: inside its segment, or over the last `window` tokens; backends behind one signature.
 
-`flash` is the flash-attn package, `sdpa` torch's own fused attention (its flash kernel for segments), `eager` softmax written
-out, in any dtype. `auto` takes flash-attn where it is installed and can run, and `sdpa` otherwise; the choice is logged once.
+`sdpa` is torch's own fused attention, `eager` softmax written out, in any dtype, the others are named in `infini.causal`. `auto`
+takes flash-attn where it is installed and can run, and `sdpa` otherwise; the choice is logged once.
 """
 
 import functools
-import importlib.util
-import inspect
 import logging
 
 import torch
@@ -14,16 +12,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from infini.causal import HALF, WINDOWED, attend, installed, torch_varlen, why_not
 from infini.errors import InputError
 from infini.segments import SegmentPlan
 
-BACKENDS = ("auto", "flash", "sdpa", "eager")
+BACKENDS = ("auto", "flash4", "flash3", "flash", "cudnn", "torch_flash", "sdpa", "eager")
 
 # Queries of a band that share one piece of keys. Smaller wastes less on masked scores, larger makes fewer, fuller products.
 BAND = 128
 
-HALF = (torch.float16, torch.bfloat16)
-HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+HAS_FLASH_ATTN = installed("flash")
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +51,9 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend:
         return plan.grid_to_line(attended.unflatten(0, (plan.batch, plan.segments)))
     if plan.uniform and plan.sliding and backend != "eager" and q.is_cuda and q.dtype in HALF:
         start = plan.history - plan.visible
-        windowed = _window_flash_attn if backend == "flash" else _window_torch()
-        if windowed is not None:
-            return windowed(q, k[:, start:].to(q.dtype), v[:, start:].to(q.dtype), plan.span)
+        kernel = _window_kernel(backend)
+        if kernel is not None:
+            return attend(kernel, q, k[:, start:].to(q.dtype), v[:, start:].to(q.dtype), plan.span)
     return _banded(q, k, v, plan, backend)
 
 
@@ -68,17 +66,19 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
     """
     if backend not in BACKENDS:
         raise InputError(f"the attention backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    why_not = None
+    missing = None
     if not HAS_FLASH_ATTN:
-        why_not = "the package flash-attn is not installed"
+        missing = "the package flash-attn is not installed"
     elif device != "cuda":
-        why_not = f"flash-attn needs a CUDA device, not {device}"
+        missing = f"flash-attn needs a CUDA device, not {device}"
     elif dtype not in HALF:
-        why_not = f"flash-attn needs float16 or bfloat16, not {dtype}"
-    if backend == "flash" and why_not:
-        raise InputError(f"the attention backend 'flash' cannot run: {why_not}. Use 'auto', 'sdpa' or 'eager'")
+        missing = f"flash-attn needs float16 or bfloat16, not {dtype}"
+    if backend not in ("auto", "flash", "sdpa", "eager"):
+        missing = why_not(backend, torch.device(device), dtype, head_dim=64)
+    if backend not in ("auto", "sdpa", "eager") and missing:
+        raise InputError(f"the attention backend {backend!r} cannot run: {missing}. Use 'auto', 'sdpa' or 'eager'")
     if backend == "auto":
-        return "sdpa" if why_not else "flash"
+        return "sdpa" if missing else "flash"
     return backend
 
 
@@ -88,46 +88,20 @@ def announce_backend(backend: str, device: str, dtype: torch.dtype) -> None:
     log.info("local attention on %s in %s: %s", device, dtype, backend)
     if backend != "flash" and device == "cuda" and dtype in HALF:
         log.info("flash-attn is %s; sliding windows run in %s", "installed but not asked for" if HAS_FLASH_ATTN
-                 else "not installed", "torch's varlen flash kernel" if _window_torch() else "masked bands")
+                 else "not installed", _window_kernel(backend) or "masked bands")
 
 
-def _window_flash_attn(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Sliding attention by the flash-attn package; the last query stands at the last key."""
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
-
-
-@functools.cache
-def _window_torch():
-    """Sliding attention by torch's public variable-length flash attention, where it knows windows; otherwise None."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    known = inspect.signature(varlen_attn).parameters
-    if "window_size" not in known or "enable_gqa" not in known:
-        return None
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-        rows = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        grouped = q.shape[2] != k.shape[2]
-        attended = varlen_attn(
-            *flat, rows * queries, rows * keys, queries, keys, window_size=(window - 1, 0), enable_gqa=grouped
-        )
-        return attended.unflatten(0, (batch, queries))
-
-    return attend
+def _window_kernel(backend: str) -> str | None:
+    """The kernel of sliding attention on a CUDA device: the backend's own, otherwise torch's; None where bands must do."""
+    if backend in WINDOWED:
+        return backend
+    return "varlen" if torch_varlen() is not None else None
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """Causal attention inside segments that stand in the batch."""
-    if backend == "flash":
-        from flash_attn import flash_attn_func
-
-        return flash_attn_func(q, k.to(q.dtype), v.to(q.dtype), causal=True)
+    if backend not in ("sdpa", "eager"):
+        return attend(backend, q, k.to(q.dtype), v.to(q.dtype))
     q, k, v = _heads_first(q, k, v)
     if backend == "eager":
         tokens = q.shape[-2]

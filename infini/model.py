@@ -67,7 +67,7 @@ class InfiniTransformer(Decoder):
         "beta", "write_gate", "query_scale", "query_bias", "key_scale", "key_bias", "read_norm",
     )
 
-    def __init__(self, config: InfiniConfig, attention: str = "auto", memory_backend: str = "torch"):
+    def __init__(self, config: InfiniConfig, attention: str = "auto", memory_backend: str = "auto"):
         super().__init__(config, lambda layer: Block(config, config.has_memory[layer]), attention)
         self.memory_backend = memory_backend
 
@@ -80,6 +80,7 @@ class InfiniTransformer(Decoder):
         padding: Tensor | None = None,
         keep: str = "all",
         hidden: bool = False,
+        targets: Tensor | None = None,
         memory: bool = True,
         trace: dict | None = None,
         maps: dict | None = None,
@@ -94,20 +95,22 @@ class InfiniTransformer(Decoder):
                 is computed, so it moves no segment border. Its logits are those of a hidden state of zeros.
             keep: `all` logits, those of each row's `last` token, or `none`.
             hidden: return the final normalised hidden states in place of logits.
+            targets: int `[batch, tokens]`, the token that is to follow each; its loss is returned in place of logits, and logits of
+                `loss_tokens` tokens at a time are all that exist. Padding has loss 0.
             memory: False silences every memory (knock-out): the mix is as before the first write. It is written all the same.
             trace: receives `trace["layers"]`, one dict of detached statistics a layer (None without memory).
             maps: receives `maps["layers"]`, for each layer the map A `[batch, kv_heads, k, k]` that this call laid on its memory,
                 M_after = A M_before + what was written; None is the identity (or no memory).
 
         Returns:
-            Logits `[batch, tokens or 1, vocab]` (or hidden states `[..., hidden_size]`, or None), and the state after the last
-            token. The state carries gradients; `state.detach()` cuts them.
+            Logits `[batch, tokens or 1, vocab]` (or hidden states `[..., hidden_size]`, losses `[batch, tokens]` in nats, or None),
+            and the state after the last token. The state carries gradients; `state.detach()` cuts them.
 
         Raises:
             InputError: shapes, ids or the state do not fit.
         """
         options = {"memory": memory, "trace": trace, "maps": maps}
-        return self._forward(tokens, state, reset, padding, keep, hidden, **options)
+        return self._forward(tokens, state, reset, padding, keep, hidden, targets, **options)
 
     def _read(self, tokens, state, reset, lengths, memory, trace, maps) -> tuple[Tensor, InfiniState]:
         device = tokens.device

@@ -50,8 +50,10 @@ class SegmentModel(Protocol):
 class TrainableModel(SegmentModel, Protocol):
     """A `SegmentModel` that `infini.train` can train: also a `torch.nn.Module`, called with these keywords too.
 
-    `memory=False` silences every memory, for the knock-out (each model says what that is); `trace` receives the statistics of
-    telemetry. `maps`, asked for with batches that have a long gap only, is described in `InfiniTransformer.forward`.
+    `targets`, the token that is to follow each, asks for their losses `[batch, tokens]` in nats in place of logits, so that the
+    model need not hold the logits of a long text. `memory=False` silences every memory, for the knock-out (each model says what
+    that is); `trace` receives the statistics of telemetry. `maps`, asked for with batches that have a long gap only, is described
+    in `InfiniTransformer.forward`.
     """
 
     def parameter_groups(self) -> dict[str, list[str]]: ...

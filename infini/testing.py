@@ -30,7 +30,7 @@ def error(found: Tensor, oracle: Tensor) -> float:
         raise AssertionError(f"shape {list(found.shape)}, the oracle has {list(oracle.shape)}")
     if oracle.numel() == 0:
         return 0.0
-    difference = (found.detach().double().cpu() - oracle.detach().cpu()).abs()
+    difference = (found.detach().to(oracle.device).double() - oracle.detach()).abs()
     scale = oracle.detach().abs().max().clamp(min=1).item()
     return float(difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max()) / scale
 

@@ -37,3 +37,35 @@ def copy_bandwidth(device: torch.device, size: int = 2**30) -> float:
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / (milliseconds(lambda: target.copy_(source), device) / 1000)
+
+
+def cold_milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 20, seconds: float = 2.0) -> tuple[float, int]:
+    """The median time of a call that finds nothing in the caches, and of how many calls.
+
+    On a GPU more bytes than its second-level cache holds are written before every call; that also hides how long the host takes
+    to launch the first kernels.
+
+    Args:
+        call: what is timed; it is called once before, to compile and allocate.
+        device: where it runs.
+        repeats: at most so many calls.
+        seconds: after which no further call is timed; one is in any case.
+
+    Example:
+        >>> took, calls = cold_milliseconds(lambda: time.sleep(0.02), torch.device("cpu"), seconds=0.1)
+        >>> took >= 20 and 1 <= calls < 10
+        True
+    """
+    flood = torch.empty(2**30 if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
+    call()
+    times: list[float] = []
+    while len(times) < repeats and sum(times) < 1000 * seconds:
+        flood.zero_()
+        times.append(milliseconds(call, device, repeats=1, warm_up=0))
+    return statistics.median(times), len(times)
+
+
+def product_rate(device: torch.device, size: int = 8192) -> float:
+    """FLOP per second of a bf16 product of square matrices, a ceiling for everything that computes."""
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / (milliseconds(lambda: a @ b, device) / 1000)

@@ -1,29 +1,29 @@
-"""The memory's backends against each other: first equal, then timed. `infini bench`.
+"""The memory's part of one layer by its backends: write, scan, read, mix; projections and local attention left out."""
 
-Times the memory's part of one layer (write, scan, read, mix; projections and local attention left out), forward and with
-its gradient, and the whole shipped model: reading in bf16, and a training step without the optimizer under bf16 autocast.
-"""
-
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from infini.attention import InfiniAttention
-from infini.bench.clock import copy_bandwidth, milliseconds
+from infini.bench.attend import direction
+from infini.bench.trial import Trial, Trials
+from infini.bench.work import memory_part as work_of
 from infini.config import InfiniConfig
-from infini.loading import load
-from infini.model import InfiniTransformer
-from infini.report.record import make_record, write_record
+from infini.kernels.choice import choose_memory_backend
 from infini.segments import SegmentPlan
 from infini.testing import assert_witnessed
 
-BACKENDS = ("torch", "triton")
+VARIANTS = {
+    "linear": {},
+    "delta": {"update_rule": "delta"},
+    "deltanet": {"update_rule": "deltanet", "write_gate": True},
+    "gated": {"write_gate": True, "qk_norm": True},
+}
+"""Layers by the names of rows: the published ones, and `gated`, linear with write gate and normalized keys and queries."""
+
+BACKENDS = ("torch", "compiled", "triton")
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Shape:
     heads: int
     groups: int
     head_dim: int
-    long: bool = True  # write gate and normalized keys and queries, as in InfiniConfig.long; False: the published layer
+    variant: str = "gated"
 
 
 SHAPES = (
     Shape(20, 4096, 256, 4, 4, 128),  # the shipped model
     Shape(1, 81920, 256, 4, 4, 128),
-    Shape(1, 131072, 2048, 8, 8, 128, long=False),
+    Shape(1, 131072, 2048, 8, 8, 128, "linear"),
     Shape(1, 131072, 2048, 8, 2, 128),
     Shape(4, 16384, 128, 8, 8, 64),
     Shape(1, 65536, 1024, 8, 8, 96),
@@ -51,179 +51,137 @@ SHAPES = (
 )
 
 
-def run(
-    output: Path,
-    shapes: Sequence[Shape] = SHAPES,
-    device: torch.device | str = "cuda",
-    model: InfiniTransformer | None = None,
-    batch: tuple[int, int] = (20, 4096),
-    repeats: int = 20,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Compare and time; prints a table and writes `output`/record.json.
-
-    Args:
-        output: a folder; made if it is missing.
-        shapes: of the layer's part.
-        device: where to.
-        model: timed whole; None: the shipped one.
-        batch: rows and tokens that the model reads and learns from.
-        repeats: calls of which the median counts.
-        seed: of weights and inputs.
-
-    Returns:
-        The rows of the record: part, backend, milliseconds, tokens_per_second, and for the layer's part the ratio to the time
-        in which this device copies the bytes that must be moved (queries, keys, values, local output and output, once each).
-
-    Raises:
-        AssertionError: the backends do not agree; nothing is timed then.
-    """
-    started, device = time.time(), torch.device(device)
-    torch.manual_seed(seed)
-    bandwidth = copy_bandwidth(device, 2**30 if device.type == "cuda" else 2**20)
-    rows = []
-    for shape in shapes:
-        rows += _print_each(_layer_rows(shape, device, bandwidth, repeats))
-    model = load(device=device) if model is None else model
-    rows += _print_each(_model_rows(model, device, batch, repeats))
-    config = {"shapes": [asdict(shape) for shape in shapes], "batch": list(batch), "repeats": repeats}
-    config |= {"model": model.config.to_dict(), "device": str(device)}
-    record = make_record(
-        "bench", config=config, data={}, seeds={"inputs": seed}, started=started, rows=rows, copy_bytes_per_second=bandwidth
-    )
-    write_record(record, output / "record.json")
-    return rows
-
-
-def _layer_rows(shape: Shape, device: torch.device, bandwidth: float, repeats: int) -> Iterator[dict[str, Any]]:
-    layer, plan, inputs = memory_part(shape, device)
-    _assert_agreement(layer, plan, inputs)
-    leaves = [x for x in inputs.values() if x is not None]
-    parameters = [p for name, p in layer.named_parameters() if "proj" not in name and "write_gate" not in name]
-    needed = sum(x.nbytes for x in (inputs["q"], inputs["k"], inputs["v"], inputs["local_output"], inputs["local_output"]))
-    floor = 1000 * needed / bandwidth
-    for gradient in (False, True):
-        for backend in BACKENDS:
-
-            def call(backend=backend, gradient=gradient):
-                with torch.set_grad_enabled(gradient):
-                    mixed, _ = layer.remember(**inputs, initial=None, plan=plan, backend=backend)
-                    if gradient:
-                        torch.autograd.grad(mixed, leaves + parameters, grad_outputs=inputs["local_output"].detach())
-
-            took = milliseconds(call, device, repeats, min(3, repeats))
-            part = "memory forward + backward" if gradient else "memory forward"
-            row = _row(part, backend, shape.rows * shape.tokens, took) | {"shape": asdict(shape)}
-            yield row if gradient else row | {"floor_ratio": took / floor}
-
-
-def memory_part(shape: Shape, device: torch.device) -> tuple[InfiniAttention, SegmentPlan, dict[str, Tensor | None]]:
+class MemoryCase:
     """A layer, the plan of whole rows from the start of a text, and inputs of `InfiniAttention.remember` in bf16."""
-    config = InfiniConfig(
-        hidden_size=shape.heads * shape.head_dim,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.groups,
-        segment_length=shape.segment_length,
-        write_gate=shape.long,
-        qk_norm=shape.long,
-    )
-    layer = InfiniAttention(config, has_memory=True).to(device)
-    zeros = torch.zeros(shape.rows, dtype=torch.long)
-    plan = SegmentPlan(
-        tokens=shape.tokens,
-        segment_length=shape.segment_length,
-        span=config.span,
-        sliding=False,
-        open_length=zeros,
-        tokens_seen=zeros,
-        empty=zeros == 0,
-        history=0,
-        lengths=None,
-        reset=None,
-        device=device,
-    )
 
-    def random(*heads_and_dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(shape.rows, shape.tokens, *heads_and_dim, device=device).to(dtype).requires_grad_()
+    def __init__(self, shape: Shape, device: torch.device):
+        self.shape, self.device = shape, device
+        config = InfiniConfig(
+            hidden_size=shape.heads * shape.head_dim,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.groups,
+            segment_length=shape.segment_length,
+            **VARIANTS[shape.variant],
+        )
+        self.layer = InfiniAttention(config, has_memory=True).to(device)
+        zeros = torch.zeros(shape.rows, dtype=torch.long)
+        self.plan = SegmentPlan(
+            tokens=shape.tokens,
+            segment_length=shape.segment_length,
+            span=config.span,
+            sliding=False,
+            open_length=zeros,
+            tokens_seen=zeros,
+            empty=zeros == 0,
+            history=0,
+            lengths=None,
+            reset=None,
+            device=device,
+        )
 
-    many, few = (shape.heads, shape.head_dim), (shape.groups, shape.head_dim)
-    inputs = {"q": random(*many), "k": random(*few), "v": random(*few), "strength": None, "local_output": random(*many)}
-    if shape.long:
-        inputs["strength"] = random(shape.groups, dtype=torch.float32).detach().sigmoid().requires_grad_()
-    return layer, plan, inputs
+        def random(*heads_and_dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.randn(shape.rows, shape.tokens, *heads_and_dim, device=device).to(dtype).requires_grad_()
 
+        many, few = (shape.heads, shape.head_dim), (shape.groups, shape.head_dim)
+        self.inputs = {"q": random(*many), "k": random(*few), "v": random(*few), "strength": None, "local_output": random(*many)}
+        if config.write_gate:
+            self.inputs["strength"] = random(shape.groups, dtype=torch.float32).detach().sigmoid().requires_grad_()
+        self.parameters = [p for name, p in self.layer.named_parameters() if "proj" not in name and "write_gate" not in name]
+        self._agreed: set[str] = set()
+        self._compiled: Callable | None = None
 
-def _assert_agreement(layer: InfiniAttention, plan: SegmentPlan, inputs: dict[str, Tensor | None]) -> None:
-    """Output, memory and gradients of both backends, by the rule of `infini.testing`; fp64 plain code is the oracle."""
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The inputs that have a gradient."""
+        return [x for x in self.inputs.values() if x is not None]
 
-    def results(backend: str, exact: bool) -> dict[str, Tensor]:
-        given = {name: x if x is None else x.detach().to(torch.float64 if exact else x.dtype) for name, x in inputs.items()}
+    def remember(self, backend: str) -> Callable[..., tuple]:
+        """`InfiniAttention.remember` by a backend: `compiled` is the plain code behind `torch.compile`."""
+        if backend != "compiled":
+            return lambda **given: self.layer.remember(**given, initial=None, plan=self.plan, backend=backend)
+        if self._compiled is None:
+            torch._dynamo.reset()  # graphs of other cases
+            self._compiled = torch.compile(lambda **given: self.layer.remember(**given, initial=None, plan=self.plan), dynamic=False)
+        return self._compiled
+
+    def agree(self, backend: str) -> None:
+        """Assert that output, memory and gradients are right, by the rule of `infini.testing`; fp64 plain code is the oracle.
+
+        Raises:
+            AssertionError: they are not.
+            InputError: the backend cannot run.
+        """
+        if backend == "triton":
+            config = self.layer.config
+            choose_memory_backend(
+                "triton", self.device, torch.bfloat16,
+                update_rule=config.update_rule, feature_map=config.feature_map, head_dim=config.head_dim, uniform=True, traced=False,
+            )  # fmt: skip
+        if backend in self._agreed or backend == "torch":
+            return
+        fast, plain, oracle = self._results(backend), self._results("torch"), self._results("torch", exact=True)
+        for name, true in oracle.items():
+            assert_witnessed(name, fast[name], plain[name], true, torch.bfloat16)
+        self._agreed.add(backend)
+
+    def _results(self, backend: str, exact: bool = False) -> dict[str, Tensor]:
+        given = {name: x if x is None else x.detach().to(torch.float64 if exact else x.dtype) for name, x in self.inputs.items()}
         leaves = {name: x.requires_grad_() for name, x in given.items() if x is not None}
-        layer.to(torch.float64 if exact else torch.float32)
-        mixed, memory = layer.remember(**given, initial=None, plan=plan, backend=backend)
-        along = mixed.detach()
-        gradients = torch.autograd.grad((mixed * along).sum() + memory.normalizer.sum(), list(leaves.values()))
+        self.layer.to(torch.float64 if exact else torch.float32)
+        try:
+            mixed, memory = self.remember(backend)(**given)
+            loss = (mixed * mixed.detach()).sum() + memory.matrix.mean()
+            if memory.normalizer is not None:
+                loss = loss + memory.normalizer.sum()
+            # Of a text of one segment the memory reads nothing.
+            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        finally:
+            self.layer.float()
         found = {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
-        return found | {"mixed": mixed.detach(), "matrix": memory.matrix.detach(), "normalizer": memory.normalizer.detach()}
+        found |= {name: x.detach() for name, x in memory._asdict().items() if x is not None}
+        return found | {"mixed": mixed.detach()}
 
-    fast, plain, oracle = results("triton", False), results("torch", False), results("torch", True)
-    layer.float()
-    for name, true in oracle.items():
-        assert_witnessed(name, fast[name], plain[name], true, inputs["q"].dtype)
+    def timed(self, backend: str, gradient: bool, local: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Callable[[], object]:
+        """The memory's part, or with `local` the whole of attention, as a call without arguments."""
+        remember, along = self.remember(backend), self.inputs["local_output"].detach()
+        wanted = self.leaves + self.parameters
+        if local is not None:
+            wanted = [x for x in wanted if x is not self.inputs["local_output"]]
 
+        def call() -> object:
+            with torch.set_grad_enabled(gradient):
+                given = self.inputs
+                if local is not None:
+                    given = given | {"local_output": local(given["q"], given["k"], given["v"])}
+                mixed, _ = remember(**given)
+                return torch.autograd.grad(mixed, wanted, along, allow_unused=True) if gradient else mixed
 
-def _model_rows(model: InfiniTransformer, device: torch.device, batch: tuple[int, int], repeats: int) -> Iterator[dict[str, Any]]:
-    rows, tokens = batch
-    text = torch.randint(model.config.vocab_size, (rows, tokens + 1), device=device)
-
-    def learn() -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            logits, _ = model(text[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten())
-        return torch.autograd.grad(loss, list(model.parameters()))[0]
-
-    yield from _both("training step", model, learn, device, rows * tokens, repeats)
-    half = type(model)(model.config).to(device, torch.bfloat16)
-    half.load_state_dict(model.state_dict())
-
-    @torch.no_grad()
-    def read() -> Tensor:
-        _, state = half(text[:, : tokens // 2], keep="none")
-        return half(text[:, tokens // 2 : tokens], state, keep="last")[0]
-
-    yield from _both("reading", half, read, device, rows * tokens, repeats)
+        return call
 
 
-def _both(
-    part: str, model: InfiniTransformer, call: Callable[[], Tensor], device: torch.device, tokens: int, repeats: int
-) -> Iterator[dict[str, Any]]:
-    """Time `call`, whose result must be the same by every backend: apart by less than 5 % of its norm."""
-    found = {}
-    for backend in BACKENDS:
-        model.memory_backend = backend
-        found[backend] = call().double()
-    apart = float((found["triton"] - found["torch"]).norm() / found["torch"].norm())
-    if not apart < 0.05:
-        raise AssertionError(f"{part}: the backends are {apart:.1%} apart")
-    for backend in BACKENDS:
-        model.memory_backend = backend
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        row = _row(part, backend, tokens, milliseconds(call, device, repeats, min(3, repeats))) | {"apart": apart}
-        if device.type == "cuda":
-            row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-        yield row
+def trials(device: torch.device, shapes: tuple[Shape, ...] = SHAPES, backends: tuple[str, ...] = BACKENDS) -> Trials:
+    """The memory's part in several shapes."""
+    for shape in shapes:
+        case = MemoryCase(shape, device)
+        for gradient in (False, True):
+            plain = None
+            for backend in backends:
+                row = yield memory_trial("memory", case, backend, gradient, plain)
+                if backend == "torch" and "milliseconds" in row:
+                    plain = ("torch", row["milliseconds"])
+        del case
 
 
-def _row(part: str, backend: str, tokens: int, took: float) -> dict[str, Any]:
-    return {"part": part, "backend": backend, "milliseconds": took, "tokens_per_second": 1000 * tokens / took}
+def memory_trial(part: str, case: MemoryCase, backend: str, gradient: bool, against: tuple[str, float] | None) -> Trial:
+    """The memory's part of a case by a backend."""
 
+    def prepare() -> Callable[[], object]:
+        case.agree(backend)
+        return case.timed(backend, gradient)
 
-def _print_each(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        shape = row.get("shape")
-        size = "shipped model" if shape is None else "{rows} x {tokens:,} / {segment_length}, {heads}:{groups} x {head_dim}".format(**shape)
-        ratio = f"{row['floor_ratio']:6.2f} x floor" if "floor_ratio" in row else ""
-        speed = f"{row['milliseconds']:10.3f} ms {row['tokens_per_second']:14,.0f} tokens/s {ratio}"
-        print(f"{row['part']:26} {size:34} {row['backend']:7} {speed}", flush=True)
-        yield row
+    shape = case.shape
+    facts = {"part": part, "what": "memory part", "rule": shape.variant, "backend": backend, "direction": direction(gradient)}
+    work = work_of(
+        shape.rows * shape.tokens, shape.heads, shape.groups, shape.head_dim, case.layer.config.update_rule, gradient
+    )
+    return Trial(facts | {"shape": asdict(shape)}, prepare, shape.rows * shape.tokens, work, against)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from infini.bench.clock import milliseconds
-from infini.bench.memory import Shape, memory_part
+from infini.bench.memory import MemoryCase, Shape
 from infini.kernels.tiles import TABLE, OutOfResources, is_exact
 
 Sizes = tuple[int, int, int, int]
@@ -27,19 +27,13 @@ def tune(shape: Shape, device: torch.device, tries: Sequence[Sizes] | None = Non
 
     The table is as before afterwards.
     """
-    layer, plan, inputs = memory_part(shape, device)
-    leaves = [x for x in inputs.values() if x is not None]
+    case = MemoryCase(shape, device)
     wide = max(16, 1 << (shape.head_dim - 1).bit_length())
-    key, found = (wide, is_exact(inputs["q"])), {}
+    key, found = (wide, is_exact(case.inputs["q"])), {}
     for kernel, table in TABLE.items():
         gradient, usual = kernel == "backward", table[key]
 
-        def call(gradient=gradient):
-            with torch.set_grad_enabled(gradient):
-                mixed, _ = layer.remember(**inputs, initial=None, plan=plan, backend="triton")
-                if gradient:
-                    torch.autograd.grad(mixed, leaves, grad_outputs=inputs["local_output"].detach())
-
+        call = case.timed("triton", gradient)
         found[kernel] = []
         for sizes in candidates(wide) if tries is None else tries:
             table[key] = sizes

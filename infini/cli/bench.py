@@ -1,30 +1,15 @@
-"""`infini bench`: how fast the memory is, plain and by kernels."""
+"""`infini bench`: how fast the memory is, plain and by kernels; `infini bench decode`: how fast tokens are written."""
 
 import logging
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from infini.cli import bench_decode
 from infini.cli.build import fill
 from infini.cli.compose import MODULE, compose
 from infini.errors import InputError
 from infini.report.render import render
-
-
-@dataclass(frozen=True)
-class Command:
-    """The keys of conf/bench.yaml, described there."""
-
-    output: str
-    device: str
-    repeats: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise InputError(f"repeats is {self.repeats}; it must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; it must not be negative")
 
 
 def run(arguments: list[str]) -> None:
@@ -32,21 +17,35 @@ def run(arguments: list[str]) -> None:
 
     Raises:
         InputError: an override that cannot be used, or no GPU.
-        AssertionError: the backends do not agree; nothing is timed then.
+        AssertionError: numbers of a row do not agree with fp64; it was not timed.
     """
-    if arguments and arguments[0] in ("-h", "--help"):
-        print("usage: infini bench [KEY=VALUE ...]\n\n" + (files(MODULE) / "bench.yaml").read_text())
+    if arguments and arguments[0] == "decode":
+        bench_decode.run(arguments[1:])
         return
-    command = fill(Command, "", compose("bench", arguments))
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: infini bench [decode] [KEY=VALUE ...]\n\n" + (files(MODULE) / "bench.yaml").read_text())
+        return
+    output, asked, settings = read(compose("bench", arguments))
     from infini.cli.device import choose_device
 
-    device = choose_device(command.device)
+    device = choose_device(asked)
     if device.type != "cuda":
-        raise InputError(f"device is {command.device!r}, which is {device.type} here: the kernels are timed on a CUDA GPU only")
-    from infini.bench.memory import run as time_memory
+        raise InputError(f"device is {asked!r}, which is {device.type} here: the kernels are timed on a CUDA GPU only")
+    from infini.bench.suite import run as time_all
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("infini").setLevel(logging.INFO)
-    time_memory(Path(command.output), device=device, repeats=command.repeats, seed=command.seed)
-    record = Path(command.output) / "record.json"
-    print("\n".join(map(str, [record, *render(record)])))
+    record = output / "record.json"
+    try:
+        time_all(output, settings, device)
+    finally:
+        if record.exists():
+            print("\n".join(map(str, [record, *render(record)])))
+
+
+def read(config: dict[str, Any]) -> tuple[Path, str, Any]:
+    """From a composed conf/bench.yaml: the output folder, the device asked for, the settings."""
+    from infini.bench.suite import BenchSettings
+
+    settings = {key: value for key, value in config.items() if key not in ("output", "device")}
+    return Path(config["output"]), config["device"], fill(BenchSettings, "", settings)

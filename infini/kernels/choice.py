@@ -13,7 +13,8 @@ from infini.errors import InputError
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST_HEAD = 256
+# The scan of delta's maps holds a whole one in shared memory.
+LARGEST_HEAD = {"linear": 256, "delta": 128}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 log = logging.getLogger(__name__)
@@ -70,10 +71,11 @@ def announce(device: str, dtype: torch.dtype, backend: str, why: str | None) -> 
 def _why_not(device, dtype, update_rule, feature_map, head_dim, uniform, traced) -> str | None:
     if dtype not in DTYPES:
         return f"the kernels compute in float32, bfloat16 or float16, not {dtype}"
-    if update_rule != "linear" or feature_map != "elu":
-        return f"there are kernels for update_rule 'linear' with feature_map 'elu', not for {update_rule!r} with {feature_map!r}"
-    if head_dim > LARGEST_HEAD:
-        return f"heads may be {LARGEST_HEAD} wide, not {head_dim}"
+    if update_rule not in LARGEST_HEAD or feature_map != "elu":
+        rules = " and ".join(map(repr, LARGEST_HEAD))
+        return f"there are kernels for update_rule {rules} with feature_map 'elu', not for {update_rule!r} with {feature_map!r}"
+    if head_dim > LARGEST_HEAD[update_rule]:
+        return f"heads may be {LARGEST_HEAD[update_rule]} wide with update_rule {update_rule!r}, not {head_dim}"
     if not uniform:
         return "rows differ in length, or a document begins inside one"
     if traced:
@@ -95,6 +97,7 @@ def _machine_lacks(device: torch.device) -> str | None:
 
     if device.type != "cuda" and not INTERPRETED.value:
         return f"Triton needs a CUDA device, not {device.type}, or its interpreter (TRITON_INTERPRET=1)"
+    import infini.kernels.delta
     import infini.kernels.read
     import infini.kernels.write  # noqa: F401
 

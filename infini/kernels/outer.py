@@ -83,12 +83,12 @@ def sum_outer(
         offset: token at which segment 0 begins, negative where its beginning lies before the tokens.
     """
     batch, length, heads, dim = x.shape
-    pieces = _pieces(batch * segments * groups, segment_length)
+    pieces = pieces_of(batch * segments * groups, segment_length)
     if pieces > 1:
         matrices, normalizers = sum_outer(
             x, y, weights, z_weights, scale, bias, groups, offset, segments * pieces, segments * pieces, segment_length // pieces, eps
         )
-        return _added_up(matrices, pieces, slots), _added_up(normalizers, pieces, slots)
+        return added_up(matrices, pieces, slots), added_up(normalizers, pieces, slots)
     exact = is_exact(x, y)
     tiles = Tiles.of("outer", dim, segment_length, exact, shared_memory(x.device))
     matrices = torch.empty(batch, slots, groups, dim, dim, dtype=torch.float32, device=x.device)
@@ -107,7 +107,7 @@ def sum_outer(
     return matrices, normalizers
 
 
-def _pieces(programs: int, segment_length: int) -> int:
+def pieces_of(programs: int, segment_length: int) -> int:
     """How many pieces a segment is cut into, so that few long segments keep all processors of a GPU busy."""
     pieces = 1
     while programs * pieces < ENOUGH_PROGRAMS and segment_length // pieces >= 2 * SMALLEST_PIECE and segment_length // pieces % 2 == 0:
@@ -115,7 +115,7 @@ def _pieces(programs: int, segment_length: int) -> int:
     return pieces
 
 
-def _added_up(sums: Tensor, pieces: int, slots: int) -> Tensor:
+def added_up(sums: Tensor, pieces: int, slots: int) -> Tensor:
     """The sums of `pieces` neighbors each, in the first of `slots` places."""
     whole = sums.unflatten(1, (-1, pieces))
     result = sums.new_empty(sums.shape[0], slots, *sums.shape[2:])

@@ -1,13 +1,17 @@
-"""Exclusive prefix sums over segments: the memory before each segment, and the one after the last."""
+"""Scans over segments: prefix sums, and affine maps. The memory before each segment, and the one after the last."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini.kernels.tiles import on_device_of
+from infini.kernels.parts import product
+from infini.kernels.tiles import MUCH_SHARED, on_device_of, shared_memory
 
 BLOCK = 256
+
+# Columns of a memory that one program of the affine scan takes through all segments.
+COLUMNS, WARPS = 16, 8
 
 
 @triton.jit(do_not_specialize=["segments", "filled"])
@@ -42,4 +46,52 @@ def scan(additions: Tensor, first: Tensor, filled: int, in_place: bool = False, 
     grid = (triton.cdiv(columns, BLOCK), batch)
     with on_device_of(additions):
         scan_kernel[grid](additions, before, first, last, segments, filled, columns, REVERSE=reverse, BLOCK=BLOCK, num_warps=2)
+    return before, last
+
+
+@triton.jit(do_not_specialize=["segments", "filled", "mapped"])
+def affine_kernel(
+    additions, grams, before, first, last, segments, filled, mapped,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: BV columns of one memory, through all segments. The maps mix rows alone, so columns know nothing of each other."""
+    memory, groups = tl.program_id(0), tl.num_programs(0)
+    b = tl.program_id(2).to(tl.int64)
+    rows, wide = tl.arange(0, BD), tl.program_id(1) * BV + tl.arange(0, BV)
+    inside = (rows < D)[:, None] & (wide < D)[None, :]
+    square = (rows < D)[:, None] & (rows < D)[None, :]
+    place = rows[:, None] * D + wide[None, :]
+    x = tl.load(first + (b * groups + memory) * D * D + place, mask=inside, other=0.0)
+    for i in tl.range(0, segments, num_stages=STAGES):
+        segment = segments - 1 - i if REVERSE else i
+        at = ((b * segments + segment) * groups + memory) * D * D
+        of_map = ((b * mapped + segment) * groups + memory) * D * D
+        y = tl.load(additions + at + place, mask=inside & (segment < filled), other=0.0)
+        gram = tl.load(grams + of_map + rows[:, None] * D + rows[None, :], mask=square & (segment < mapped), other=0.0)
+        tl.store(before + at + place, x, mask=inside)
+        # A memory is a sum of thousands of pairs: fp32 whatever the inputs are.
+        x = x + y - product(gram, x, tl.zeros([BD, BV], tl.float32), True)
+    tl.store(last + (b * groups + memory) * D * D + place, x, mask=inside)
+
+
+def affine_scan(
+    additions: Tensor, grams: Tensor, first: Tensor, filled: int, in_place: bool = False, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x_s = (I - G_s) x_{s-1} + addition_s over axis 1: every x_{s-1}, and the last x.
+
+    Args:
+        additions: fp32 `[b, segments, g, d, d]`, contiguous; from segment `filled` on nothing is added.
+        grams: G, symmetric, fp32 `[b, mapped, g, d, d]`, contiguous; 0 from segment `mapped` on.
+        first, in_place, reverse: as in `scan`.
+    """
+    batch, segments, groups, dim = additions.shape[:4]
+    first = first.contiguous()
+    before, last = additions if in_place else torch.empty_like(additions), torch.empty_like(first)
+    wide = max(16, triton.next_power_of_2(dim))
+    stages = 2 if wide < 128 or shared_memory(additions.device) >= MUCH_SHARED else 1
+    with on_device_of(additions):
+        affine_kernel[(groups, triton.cdiv(dim, COLUMNS), batch)](
+            additions, grams, before, first, last, segments, filled, grams.shape[1],
+            D=dim, BD=wide, BV=COLUMNS, REVERSE=reverse, STAGES=stages, num_warps=WARPS,
+        )  # fmt: skip
     return before, last

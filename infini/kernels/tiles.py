@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources as OutOfResources
 PART = 512
 
 # Bytes of shared memory of the GPUs with the most and the least of it that the tiles are made for.
-MUCH_SHARED, LITTLE_SHARED = 163_000, 101_000
+MUCH_SHARED, LITTLE_SHARED = 163 * 1024, 99 * 1024
 
 # Kernel -> (BD, exact products) -> columns of a block, tokens, warps, stages. `infini.bench.tiles` times others.
 TABLE = {

@@ -55,7 +55,7 @@ def write_linear(
     Returns:
         M `[b, slots, g, d, d]` and z `[b, slots, g, d]` before each segment, M and z after the last written one.
     """
-    k, v = _last_axis_contiguous(k), _last_axis_contiguous(v)
+    k, v = last_axis_contiguous(k), last_axis_contiguous(v)
     strength = None if strength is None else strength.contiguous()
     matrices, normalizers = sum_outer(
         k, v, strength, None, scale, bias, k.shape[2], offset, written, slots, segment_length, eps
@@ -82,9 +82,12 @@ def write_backward_kernel(
     k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head,
     length, offset, segments, slots, parts, segment_length, groups, eps,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, EXACT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: a part of one segment of one memory. dv = f dM; the gradient of f is v dM^T + dz."""
+    """One program: a part of one segment of one memory. dv = f dM; the gradient of f is v dM^T + dz.
+
+    ADD: `dk` and `d_strength` hold a gradient of the features and of the strengths, which is added.
+    """
     program = tl.program_id(0)
     group, part, segment = program % groups, program // groups % parts, program // groups // parts % segments
     b = (program // groups // parts // segments).to(tl.int64)
@@ -119,9 +122,14 @@ def write_backward_kernel(
             store_tile(dv + b * dk_batch + group * dk_head, dk_token, tokens, wide, valid, inside_wide, w[:, None] * read)
             dw += tl.sum(read * y, axis=1)
             d_sigma = matrix_product(y, tl.trans(high), tl.trans(low), d_sigma, EXACT)
+        d_sigma *= w[:, None]
+        if ADD:
+            d_sigma += load_tile(dk + b * dk_batch + group * dk_head, dk_token, tokens, columns, valid, inside)
         if WEIGHTED:
+            if ADD:
+                dw += tl.load(d_strength + place, mask=valid, other=0.0)
             tl.store(d_strength + place, dw, mask=valid)
-        dx = w[:, None] * d_sigma * tl.minimum(sigma, 1.0)
+        dx = d_sigma * tl.minimum(sigma, 1.0)
         if NORM:
             scale_sum += tl.sum(dx * normal, axis=0)
             bias_sum += tl.sum(dx, axis=0)
@@ -149,16 +157,49 @@ def write_linear_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, strength, scale, bias, matrix and normalizer; empty where there was None."""
-    batch, length, groups, dim = k.shape
-    k, v = _last_axis_contiguous(k), _last_axis_contiguous(v)
+    k, v = last_axis_contiguous(k), last_axis_contiguous(v)
     strength = None if strength is None else strength.contiguous()
     # An addition is in every memory behind its segment.
     d_matrices, d_matrix = scan(d_before.contiguous(), d_after, d_before.shape[1], reverse=True)
     d_normalizers, d_normalizer = scan(dz_before.contiguous(), dz_after, d_before.shape[1], reverse=True)
-    # What is not written has no gradient, and no program.
-    new = torch.empty if written * segment_length == length else torch.zeros
+    dk, dv, d_strength = new_gradients(k, v, strength, written * segment_length)
+    d_scale, d_bias = backward_of_sums(
+        k, v, strength, scale, bias, d_matrices, d_normalizers, dk, dv, d_strength, offset, written, segment_length, eps
+    )
+    return dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer
+
+
+def new_gradients(k: Tensor, v: Tensor, strength: Tensor | None, covered: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of k, v and strengths. What is not written has no gradient, and no program."""
+    new = torch.empty if covered == k.shape[1] else torch.zeros
     dk, dv = (new(k.shape, dtype=x.dtype, device=k.device) for x in (k, v))
-    d_strength = new(k.shape[:3] if strength is not None else 0, dtype=torch.float32, device=k.device)
+    return dk, dv, new(k.shape[:3] if strength is not None else 0, dtype=torch.float32, device=k.device)
+
+
+def backward_of_sums(
+    k: Tensor,
+    v: Tensor,
+    strength: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    d_matrices: Tensor,
+    d_normalizers: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_strength: Tensor,
+    offset: int,
+    written: int,
+    segment_length: int,
+    eps: float,
+    add: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """From the gradients of every segment's sums to dk, dv and d_strength, which are filled, and those of scale and bias.
+
+    Args:
+        d_matrices, d_normalizers: fp32 `[b, slots, g, d, d]` and `[b, slots, g, d]`.
+        add: dk and d_strength hold gradients of features and strengths, which are added.
+    """
+    batch, length, groups, dim = k.shape
     exact, parts, norm = is_exact(k, v), parts_of(segment_length), scale is not None
     tiles = Tiles.of("backward", dim, segment_length, exact, shared_memory(k.device))
     sums = (batch, written, parts, groups, dim) if norm else (0,)
@@ -168,13 +209,13 @@ def write_linear_backward(
             k, v, strength if strength is not None else k, scale if norm else k, bias if norm else k,
             d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
             *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
-            length, offset, written, d_before.shape[1], parts, segment_length, groups, eps,
+            length, offset, written, d_matrices.shape[1], parts, segment_length, groups, eps,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=segment_length if parts == 1 else PART,
-            NORM=norm, WEIGHTED=strength is not None, EXACT=exact, num_warps=tiles.warps, num_stages=tiles.stages,
+            NORM=norm, WEIGHTED=strength is not None, ADD=add, EXACT=exact, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     if norm:
         d_scale, d_bias = d_scale.sum(dim=(0, 1, 2)).to(scale.dtype), d_bias.sum(dim=(0, 1, 2)).to(bias.dtype)
-    return dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer
+    return d_scale, d_bias
 
 
 @write_linear_backward.register_fake
@@ -217,5 +258,6 @@ def _backward(ctx, d_before, dz_before, d_after, dz_after):
 write_linear.register_autograd(_backward, setup_context=_save)
 
 
-def _last_axis_contiguous(x: Tensor) -> Tensor:
+def last_axis_contiguous(x: Tensor) -> Tensor:
+    """As the kernels read it."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -50,7 +50,7 @@ def gap_loss_of(model: Callable, batch: Batch, read_segments: int | None = None)
     The value is that of all tokens read in one text; the gradient ends at the gap but for each memory's direct path.
 
     Args:
-        model: called as ``model(tokens)``, ``model(tokens, state)`` and
+        model: called as ``model(tokens, targets=...)``, ``model(tokens, state, targets=...)`` and
             ``model(tokens, state, keep="none", maps=...)``, see :class:`infini.InfiniTransformer`.
         batch: on the model's device, with a gap.
         read_segments: most segments of a gap that are read, see :func:`cross`.

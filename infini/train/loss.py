@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from infini.data.batch import Batch
 
@@ -34,15 +33,15 @@ def loss_of(model: Callable, batch: Batch, state: Any = None) -> LossSums:
     Sums, not means, are returned, so that accumulated batches can be weighted as one.
 
     Args:
-        model: called as ``model(tokens)`` with int64 ``[rows, T]``; returns ``(logits, state)``
-            with logits ``[rows, T, vocab]`` in any float dtype (the loss is taken in fp32).
+        model: called as ``model(tokens, targets=following)`` with int64 ``[rows, T]`` both; returns ``(losses, state)``
+            with the cross-entropy of each token of ``following`` in nats, ``[rows, T]`` in fp32.
         batch: on the model's device, int64 tokens ``[rows, T + 1]``.
         state: what the model carries of the text before; None at the start of a text.
 
     Example:
         A model that knows nothing pays ln(vocab) for each token.
 
-        >>> uniform = lambda tokens: (torch.zeros(*tokens.shape, 4), None)
+        >>> uniform = lambda tokens, targets: (torch.full(tokens.shape, 4.0).log(), None)
         >>> tokens = torch.tensor([[0, 1, 2]])
         >>> sums = loss_of(uniform, Batch(tokens, tokens == 2, segments=1))
         >>> f"{sums.tokens:.4f} {sums.answers:.4f}"
@@ -69,16 +68,13 @@ def loss_of_span(
     following = batch.tokens[:, start + 1 : stop + 1]
     if batch.gap is not None and stop == batch.gap.position * batch.segment_length:
         following = torch.cat([following[:, :-1], batch.gap.piece(0, 1)], dim=1)
-    logits, state = read_span(model, batch, start, stop, state)
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), following.flatten(), reduction="none"
-    )
+    losses, state = read_span(model, batch, start, stop, state, targets=following)
     if batch.reset is not None:
         # Copied whole, then cut: only what lies in one piece of pinned memory is copied without waiting.
         first_ones = batch.reset.to(losses.device, non_blocking=True)[:, start + 1 : stop + 1]
-        losses = losses.masked_fill(first_ones.flatten(), 0)
+        losses = losses.masked_fill(first_ones, 0)
     # A product, not indexing: the number of answers would have to be read back from the device.
-    answers = losses * batch.answer[:, start + 1 : stop + 1].flatten()
+    answers = losses * batch.answer[:, start + 1 : stop + 1]
     return LossSums(losses.sum(), answers.sum()), state
 
 

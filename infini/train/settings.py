@@ -9,7 +9,7 @@ from infini.errors import InputError
 # These decide how a run is carried out or watched, not what it computes:
 # a run may be resumed with other values.
 _CONVENIENCE = frozenset(
-    {"device", "log_every", "checkpoint_every", "knockout_every", "workers", "tensorboard"}
+    {"device", "log_every", "checkpoint_every", "knockout_every", "workers", "tensorboard", "loss_tokens"}
 )
 
 
@@ -41,6 +41,8 @@ class TrainSettings:
         gap_read_segments: most segments of a long gap that are read; a longer one is stretched from its last, exact for
             filler that repeats as far as it does not depend on what it reads of the memory. For ``linear`` and ``deltanet``.
             None: read in full.
+        loss_tokens: tokens whose logits exist at a time while the loss is computed; the same numbers for any. None: as many as
+            make 256 MiB of them.
         compile: compile the model's blocks, for any number of rows and segments; the first steps take minutes.
         seed: Python, NumPy and torch random states at the start.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
@@ -75,6 +77,7 @@ class TrainSettings:
     replay_checkpoints: str = "every"
     bptt_segments: int | None = None
     gap_read_segments: int | None = None
+    loss_tokens: int | None = None
     compile: bool = False
     seed: int = 0
     device: str = "auto"
@@ -106,7 +109,7 @@ class TrainSettings:
             )
 
     def _check_replay(self) -> None:
-        for name in ("replay_segments", "bptt_segments", "gap_read_segments"):
+        for name in ("replay_segments", "bptt_segments", "gap_read_segments", "loss_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1, or null")
         known = self.replay_checkpoints in ("every", "sqrt")

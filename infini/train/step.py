@@ -82,7 +82,7 @@ def take_step(
     so a batch with few answers does not weigh more than one with many.
 
     Args:
-        model: called as ``model(tokens)``, see :func:`infini.train.loss.loss_of`; by other schedules, and for
+        model: called as ``model(tokens, targets=...)``, see :func:`infini.train.loss.loss_of`; by other schedules, and for
             batches with a gap or of a stream, also with a state, see :func:`infini.train.long_gap.gap_loss_of`.
         optimizer: its parameters are the ones clipped.
         batches: on the CPU, pinned if the copies are not to wait.

@@ -25,7 +25,7 @@ def knock_out(loss_of: Callable, model: Callable, batch: Batch) -> dict:
 
     Args:
         loss_of: :func:`infini.train.loss.loss_of` or its like.
-        model: called as ``model(tokens, memory=..., trace=...)``.
+        model: called as ``model(tokens, targets=..., memory=..., trace=...)``.
         batch: on the model's device.
 
     Returns:

@@ -29,9 +29,10 @@ def make(backend, device, **changes):
 @pytest.mark.parametrize(
     ("changes", "dtype", "why"),
     [
-        ({"update_rule": "delta"}, torch.float32, "not for 'delta' with 'elu'"),
+        ({"update_rule": "gamma_delta"}, torch.float32, "not for 'gamma_delta' with 'elu'"),
+        ({"update_rule": "delta", "head_dim": 130}, torch.float32, "128 wide with update_rule 'delta', not 130"),
         ({"feature_map": "dpfp"}, torch.float32, "not for 'linear' with 'dpfp'"),
-        ({"head_dim": 258}, torch.float32, "256 wide, not 258"),
+        ({"head_dim": 258}, torch.float32, "256 wide with update_rule 'linear', not 258"),
         ({"uniform": False}, torch.float32, "rows differ in length"),
         ({"traced": True}, torch.float32, "statistics"),
         ({}, torch.float64, "not torch.float64"),
@@ -78,10 +79,10 @@ class Spy:
     """Counts calls of the operators."""
 
     def __init__(self, monkeypatch):
-        from infini.kernels import read, write
+        from infini.kernels import delta, read, write
 
         self.calls = {"read": 0, "write": 0}
-        for name, module, function in (("read", read, "read_and_mix"), ("write", write, "write_linear")):
+        for name, module, function in (("read", read, "read_and_mix"), ("write", write, "write_linear"), ("write", delta, "write_delta")):
             monkeypatch.setattr(module, function, self.counted(name, getattr(module, function)))
 
     def counted(self, name, function):
@@ -92,7 +93,7 @@ class Spy:
         return call
 
 
-@pytest.mark.parametrize("changes", [{}, LONG], ids=["paper", "long"])
+@pytest.mark.parametrize("changes", [{}, LONG, {"update_rule": "delta"} | LONG], ids=["paper", "long", "delta"])
 def test_logits_state_and_gradients_of_a_model(changes, kernel_device, monkeypatch):
     """A first piece that ends inside a segment, then one that fills it and opens another."""
     spy = Spy(monkeypatch)
@@ -164,14 +165,14 @@ def test_under_autocast_the_state_is_fp32(kernel_device):
 
 @pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 @pytest.mark.parametrize(
-    ("dynamic", "lengths"),
-    [(False, [35]), pytest.param(True, [35, 52], marks=pytest.mark.slow)],  # a minute: shapes are symbols
-    ids=["one-length", "any-length"],
+    ("dynamic", "lengths", "rule"),
+    [(False, [35], "linear"), (False, [35], "delta"), pytest.param(True, [35, 52], "linear", marks=pytest.mark.slow)],
+    ids=["one-length", "delta", "any-length"],  # any length is a minute: shapes are symbols
 )
-def test_a_block_compiles_to_one_graph(dynamic, lengths, kernel_device):
+def test_a_block_compiles_to_one_graph(dynamic, lengths, rule, kernel_device):
     """Forward and backward."""
-    plain = make("triton", kernel_device, num_hidden_layers=1, **LONG)
-    compiled = make("triton", kernel_device, num_hidden_layers=1, **LONG)
+    plain = make("triton", kernel_device, num_hidden_layers=1, update_rule=rule, **LONG)
+    compiled = make("triton", kernel_device, num_hidden_layers=1, update_rule=rule, **LONG)
     compiled.blocks[0].compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for length in lengths:
         tokens, found = torch.randint(256, (1, length), device=kernel_device), []

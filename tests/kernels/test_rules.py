@@ -1,6 +1,6 @@
 """The kernels against the loops of infini.reference in fp64, witnessed by infini.memory in the same dtype."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from infini.layers.norm import rms_normalize
 from infini.testing import assert_witnessed
 
 pytest.importorskip("triton")
+from infini.kernels.delta import write_delta  # noqa: E402
 from infini.kernels.read import read_and_mix  # noqa: E402
 from infini.kernels.write import write_linear  # noqa: E402
 
@@ -32,6 +33,7 @@ class Case:
     norm: bool = True
     started: bool = True
     mix_empty: bool = False
+    rule: str = "linear"
 
     @property
     def offset(self):
@@ -80,10 +82,12 @@ def by_kernels(case, leaves):
     has = case.has_memory(leaves["q"].device)
     M, z, M_after, z_after = leaves["M"].unsqueeze(1), leaves["z"].unsqueeze(1), leaves["M"], leaves["z"]
     if case.written:
-        M, z, M_after, z_after = write_linear(
-            leaves["k"], leaves["v"], get("w"), get("key_scale"), get("key_bias"), leaves["M"], leaves["z"],
-            case.offset, case.written, case.segments, case.segment, EPS,
-        )  # fmt: skip
+        given = (leaves["k"], leaves["v"], get("w"), get("key_scale"), get("key_bias"), leaves["M"], leaves["z"])
+        places = (case.offset, case.written, case.segments, case.segment, EPS)
+        if case.rule == "linear":
+            M, z, M_after, z_after = write_linear(*given, *places)
+        else:
+            M, z, M_after, z_after = write_delta(*given, has, *places, FLOOR)
     mixed = read_and_mix(
         leaves["q"], leaves["local"], M, z, leaves["beta"], get("query_scale"), get("query_bias"), has,
         -case.opened, case.segment, case.mix_empty, EPS, FLOOR,
@@ -109,7 +113,7 @@ def by_torch(case, leaves):
     has = case.has_memory(q.device)
     written = (torch.arange(case.segments, device=q.device) < case.written).expand(case.rows, -1)
     initial = memory.MemoryState(full["M"], full["z"])
-    before, after = memory.write_segments("linear", initial, sigma(k, "key"), w, v, written, has_memory=has)
+    before, after = memory.write_segments(case.rule, initial, sigma(k, "key"), w, v, written, has_memory=has)
     read = memory.retrieve(sigma(q, "query"), *before)
     if case.mix_empty and has is not None:
         read, has = read * has[:, :, None, None, None], None
@@ -145,7 +149,11 @@ def by_reference(case, leaves):
                 if s < case.written:
                     old = slice(first + case.history, first + case.history + case.segment)
                     w = x["w"][b, old, g] if case.gate else torch.ones(case.segment, dtype=torch.float64)
-                    M, z = reference.update_linear(sigma(x["k"][b, old, g], "key", g), w, x["v"][b, old, g], M, z)
+                    keys, values = sigma(x["k"][b, old, g], "key", g), x["v"][b, old, g]
+                    if case.rule == "linear":
+                        M, z = reference.update_linear(keys, w, values, M, z)
+                    else:
+                        M, z = reference.update_delta(keys, w, values, M, z, empty)
                     empty = False
             states.append((M, z))
         rows.append(torch.stack([torch.cat(heads[h]) for h in range(case.heads)], dim=1))
@@ -179,11 +187,14 @@ CASES = {
     "mix-empty": Case(16, started=False, mix_empty=True),
     "many-parts": Case(16, heads=1, groups=1, segment=1026, tokens=1050, history=1030, opened=50),
 }
+CASES |= {f"delta-{name}": replace(case, rule="delta") for name, case in CASES.items() if name != "wide-blocks"}
+CASES["delta-widest"] = Case(128, heads=1, groups=1, tokens=40, segment=16, rule="delta")
 
 
 # fp16 takes the way of fp32, bf16 its own.
 RUNS = [(name, "float32") for name in CASES]
 RUNS += [("long", "bfloat16"), ("open-both-ends", "bfloat16"), ("wide-blocks", "bfloat16"), ("open-both-ends", "float16")]
+RUNS += [(f"delta-{name}", "bfloat16") for name in ("long", "open-both-ends", "widest")] + [("delta-open-both-ends", "float16")]
 
 
 @pytest.mark.parametrize(("name", "dtype"), RUNS)
@@ -234,6 +245,18 @@ def test_strided_inputs_are_read_in_place(kernel_device):
         assert torch.equal(x, found[key])
 
 
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_a_backward_pass_under_autocast_is_no_other(rule, kernel_device):
+    case = replace(CASES["fills-exactly"], rule=rule)
+    leaves = {name: x.requires_grad_() for name, x in case.leaves(torch.float32, kernel_device).items()}
+    found = []
+    for enabled in (False, True):
+        mixed = by_kernels(case, leaves)["mixed"]
+        with torch.autocast(kernel_device.type, dtype=torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(mixed.sum(), [leaves["k"], leaves["v"], leaves["M"], leaves["z"]]))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def arguments(device):
     case = Case(16, heads=2, groups=1, segment=8, tokens=20)
     x = {name: leaf.requires_grad_() for name, leaf in case.leaves(torch.float32, device).items()}
@@ -241,10 +264,11 @@ def arguments(device):
     memories = [part.detach().requires_grad_() for part in write_linear(*write)[:2]]
     has = torch.tensor([[False, True, True]], device=device)
     read = (x["q"], x["local"], *memories, x["beta"], x["query_scale"], x["query_bias"], has, 0, 8, False, EPS, FLOOR)
-    return {"write": (write_linear, write), "read": (read_and_mix, read)}
+    delta = (*write[:7], has, *write[7:], FLOOR)
+    return {"write": (write_linear, write), "delta": (write_delta, delta), "read": (read_and_mix, read)}
 
 
-@pytest.mark.parametrize("which", ["write", "read"])
+@pytest.mark.parametrize("which", ["write", "delta", "read"])
 @pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 def test_operators_are_registered_in_full(which, kernel_device):
     """Schema, fake tensors, autograd, and both traced with symbols for shapes."""
@@ -260,6 +284,7 @@ GPU_CASES = {
     "wide": Case(256, heads=4, groups=1, segment=512, tokens=4096, started=False),
     "long-segment": Case(128, heads=2, groups=1, segment=8192, tokens=20000, history=8191, opened=5000),
 }
+GPU_CASES |= {f"delta-{name}": replace(case, rule="delta") for name, case in GPU_CASES.items() if name != "wide"}
 
 
 @pytest.mark.gpu

@@ -137,7 +137,7 @@ def test_flash_needs_cuda_and_16_bit(monkeypatch):
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(InputError, match="backend is 'xformers'; choose one of auto, flash, sdpa, eager"):
+    with pytest.raises(InputError, match="backend is 'xformers'; choose one of auto, flash4, .* sdpa, eager"):
         local.choose_backend("xformers", "cpu", torch.float32)
 
 

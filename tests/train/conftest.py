@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from infini.data.batch import Batch
 from infini.train import TrainSettings
@@ -34,7 +35,7 @@ class TinyModel(nn.Module):
         self.recomputes, self.compiles = False, False
         self.state_dtypes = set()
 
-    def forward(self, tokens, state=None, *, memory=True, trace=None):
+    def forward(self, tokens, state=None, *, targets=None, memory=True, trace=None):
         x = self.out.weight.new_zeros(()) + self.embedding(tokens)
         segments = x.unflatten(1, (-1, self.config.segment_length))
         past = segments.mean(2).cumsum(1).roll(1, 1)
@@ -44,7 +45,10 @@ class TinyModel(nn.Module):
             trace["layers"] = [{"memory_weight": weight.detach()}, None]
         share = weight.repeat_interleave(self.config.hidden_size // 2) * memory
         mixed = (segments * (1 - share) + share * past.unsqueeze(2)).flatten(1, 2)
-        return self.out(mixed), past[:, -1]
+        logits = self.out(mixed)
+        if targets is not None:
+            logits = cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")
+        return logits, past[:, -1]
 
     def parameter_groups(self):
         return {

@@ -82,12 +82,12 @@ def test_the_value_is_that_of_the_whole_text(rule, local, gap):
     answer = torch.zeros_like(text, dtype=torch.bool)
     answer[:, -3:] = True
     logits = model(text[:, :-1])[0]
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), text[:, 1:], reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text[:, 1:], reduction="none")
     found = gap_loss_of(model, batch)
-    torch.testing.assert_close(found.tokens, losses[:, own].sum(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.answers, losses[:, -3:].sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.tokens, losses[:, own].sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.answers, losses[:, -3:].sum(), rtol=1e-12, atol=0)
 
-    # In fp64, where the loss is taken in fp32: the logits behind the gap.
+    # And the logits behind the gap.
     border = batch.gap.position * N
     _, state = model(batch.tokens[:, :border])
     state = carry_on(state, cross(model, batch, state))

@@ -15,7 +15,7 @@ def test_knock_out_is_the_loss_without_memory_minus_the_loss(tiny_model, copy_so
     model, batch = tiny_model(), copy_source()[0].to("cpu")
     with torch.no_grad():
         model.beta.fill_(1.5)
-        silenced = loss_of(lambda tokens: model(tokens, memory=False), batch)
+        silenced = loss_of(lambda tokens, **options: model(tokens, memory=False, **options), batch)
         whole = loss_of(model, batch)
     found = knock_out(loss_of, model, batch)
     assert found["knockout_token_loss"] == pytest.approx(

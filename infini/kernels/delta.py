@@ -1,0 +1,329 @@
+"""The `delta` write of whole segments as a custom operator, with its gradient.
+
+A segment's change is M - G M + B with B = sum w s v^T and the symmetric G = sum a s s^T, where s = sigma(k), a = w / (s.z) and z
+are the sums of keys before the segment. So keys and values are read for B and the sums, the sums are scanned, keys are read
+again for G, and the maps are scanned. G and B leave no trace: the gradient makes G anew from the keys.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infini.kernels.outer import added_up, pieces_of, sum_outer
+from infini.kernels.parts import (
+    features,
+    load_matrix,
+    load_scale,
+    load_tile,
+    matrix_product,
+    normalized,
+    product,
+    rounded,
+    store_tile,
+    tokens_of,
+)
+from infini.kernels.scan import affine_scan, scan
+from infini.kernels.tiles import PART, Tiles, is_exact, on_device_of, parts_of, shared_memory
+from infini.kernels.write import backward_of_sums, last_axis_contiguous, new_gradients
+
+
+@triton.jit
+def load_has(has_memory, place, MASKED: tl.constexpr):
+    """1.0 where the memory holds something; where it does not, nothing is looked up in it."""
+    has = 1.0
+    if MASKED:
+        has = tl.load(has_memory + place).to(tl.float32)
+    return has
+
+
+@triton.jit
+def load_strength(strength, place, valid, BT: tl.constexpr, WEIGHTED: tl.constexpr):
+    """w `[BT]`; 1 without a write gate."""
+    if WEIGHTED:
+        return tl.load(strength + place, mask=valid, other=0.0)
+    return tl.full([BT], 1.0, tl.float32)
+
+
+@triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
+def gram_kernel(
+    k, strength, scale, bias, normalizers, has_memory, grams,
+    k_batch, k_token, k_head, length, offset, segments, slots, pieces, segment_length, groups, eps, floor,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One program: a piece of one segment, one memory, BV columns of G."""
+    program, wide_block = tl.program_id(0), tl.program_id(1)
+    group, piece, segment = program % groups, program // groups % pieces, program // groups // pieces % segments
+    b = (program // groups // pieces // segments).to(tl.int64)
+    columns, wide = tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
+    inside, inside_wide = columns < D, wide < D
+    first, last = tokens_of(segment, piece, segment_length, segment_length // pieces, offset, length)
+    z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=inside, other=0.0)
+    has = load_has(has_memory, b * slots + segment, MASKED)
+    key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
+    wide_scale, wide_bias = load_scale(scale, bias, group, wide, inside_wide, D, NORM)
+    gram = tl.zeros([BD, BV], tl.float32)
+    for start in range(first, last, BT):
+        tokens = start + tl.arange(0, BT)
+        valid = tokens < last
+        keys = k + b * k_batch + group * k_head
+        x = load_tile(keys, k_token, tokens, columns, valid, inside)
+        normal, inverse = normalized(x, eps, D, NORM)
+        sigma = features(normal, key_scale, key_bias, valid, NORM)
+        w = load_strength(strength, (b * length + tokens) * groups + group, valid, BT, WEIGHTED)
+        denominator = tl.maximum(tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1), floor)
+        a = tl.where(has > 0, w / denominator, 0.0)
+        if BV < BD:
+            wide_normal = load_tile(keys, k_token, tokens, wide, valid, inside_wide)
+            if NORM:
+                wide_normal = wide_normal * inverse[:, None]
+            wide_sigma = features(wide_normal, wide_scale, wide_bias, valid, NORM)
+            gram = product(tl.trans(a[:, None] * sigma), wide_sigma, gram, EXACT)
+        else:
+            gram = product(tl.trans(a[:, None] * sigma), sigma, gram, EXACT)
+    memory = ((b * segments + segment) * pieces + piece) * groups + group
+    at = grams + memory * D * D + columns[:, None] * D + wide[None, :]
+    tl.store(at, gram, mask=inside[:, None] & inside_wide[None, :])
+
+
+def gram_sums(
+    k: Tensor,
+    strength: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    normalizers: Tensor,
+    has_memory: Tensor | None,
+    offset: int,
+    written: int,
+    segment_length: int,
+    eps: float,
+    floor: float,
+) -> Tensor:
+    """G of every written segment, fp32 `[b, written, g, d, d]`; the arguments are those of `write_delta`, z before each segment."""
+    batch, length, groups, dim = k.shape
+    pieces = pieces_of(batch * written * groups, segment_length)
+    grams = torch.empty(batch, written * pieces, groups, dim, dim, dtype=torch.float32, device=k.device)
+    exact, norm = is_exact(k), scale is not None
+    tiles = Tiles.of("outer", dim, segment_length // pieces, exact, shared_memory(k.device))
+    with on_device_of(k):
+        gram_kernel[(batch * written * pieces * groups, tiles.wide_blocks)](
+            k, k if strength is None else strength, scale if norm else k, bias if norm else k, normalizers,
+            k if has_memory is None else has_memory, grams,
+            *k.stride()[:3], length, offset, written, normalizers.shape[1], pieces, segment_length, groups, eps, floor,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, NORM=norm, WEIGHTED=strength is not None,
+            MASKED=has_memory is not None, EXACT=exact, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return grams if pieces == 1 else added_up(grams, pieces, written)
+
+
+@torch.library.custom_op("infini::write_delta", mutates_args=())
+def write_delta(
+    k: Tensor,
+    v: Tensor,
+    strength: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    matrix: Tensor,
+    normalizer: Tensor,
+    has_memory: Tensor | None,
+    offset: int,
+    written: int,
+    slots: int,
+    segment_length: int,
+    eps: float,
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write segment after segment, equation (5) of arXiv:2404.07143: `memory.write_segments` of uniform rows.
+
+    Args:
+        k, v, strength, scale, bias, matrix, normalizer, offset, written, slots, segment_length, eps: as of `write_linear`.
+        has_memory: bool `[b, slots]`, whether anything was written before a segment; None: everywhere.
+        floor: smallest denominator sigma(k).z.
+
+    Returns:
+        M `[b, slots, g, d, d]` and z `[b, slots, g, d]` before each segment, M and z after the last written one.
+    """
+    k, v = last_axis_contiguous(k), last_axis_contiguous(v)
+    strength, has_memory = None if strength is None else strength.contiguous(), as_bytes(has_memory)
+    matrices, normalizers = sum_outer(k, v, strength, None, scale, bias, k.shape[2], offset, written, slots, segment_length, eps)
+    z_before, z_after = scan(normalizers, normalizer, written, in_place=True)
+    grams = gram_sums(k, strength, scale, bias, z_before, has_memory, offset, written, segment_length, eps, floor)
+    before, after = affine_scan(matrices, grams, matrix, written, in_place=True)
+    return before, z_before, after, z_after
+
+
+@write_delta.register_fake
+def _(k, v, strength, scale, bias, matrix, normalizer, has_memory, offset, written, slots, segment_length, eps, floor):
+    batch, _, groups, dim = k.shape
+    return (
+        matrix.new_empty(batch, slots, groups, dim, dim),
+        matrix.new_empty(batch, slots, groups, dim),
+        matrix.new_empty(batch, groups, dim, dim),
+        matrix.new_empty(batch, groups, dim),
+    )
+
+
+@triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
+def gram_backward_kernel(
+    k, strength, scale, bias, normalizers, has_memory, d_matrices, dk, d_strength, d_normalizers,
+    k_batch, k_token, k_head, dk_batch, dk_token, dk_head,
+    length, offset, segments, slots, parts, segment_length, groups, eps, floor,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One program: a part of one segment of one memory.
+
+    `d_matrices` is H = dG + dG^T. The gradient of a is s.H s / 2, that of s is a H s and, through s.z, c z with
+    c = -a da / (s.z); c s is left behind for the gradient of z.
+    """
+    program = tl.program_id(0)
+    group, part, segment = program % groups, program // groups % parts, program // groups // parts % segments
+    b = (program // groups // parts // segments).to(tl.int64)
+    columns = tl.arange(0, BD)
+    inside = columns < D
+    first, last = tokens_of(segment, part, segment_length, PART, offset, length)
+    z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=inside, other=0.0)
+    has = load_has(has_memory, b * slots + segment, MASKED)
+    memory = (b * segments + segment) * groups + group
+    key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
+    z_sum = tl.zeros([BD], tl.float32)
+    if BV == BD:
+        high, low = load_matrix(d_matrices + memory * D * D, columns, columns, inside, inside, D, EXACT)
+    for start in range(first, last, BT):
+        tokens = start + tl.arange(0, BT)
+        valid = tokens < last
+        keys = k + b * k_batch + group * k_head
+        x = load_tile(keys, k_token, tokens, columns, valid, inside)
+        normal, inverse = normalized(x, eps, D, NORM)
+        sigma = features(normal, key_scale, key_bias, valid, NORM)
+        place = (b * length + tokens) * groups + group
+        w = load_strength(strength, place, valid, BT, WEIGHTED)
+        denominator = tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1)
+        held = denominator >= floor
+        denominator = tl.maximum(denominator, floor)
+        looked_up = tl.zeros([BT, BD], tl.float32)
+        if BV == BD:
+            looked_up = matrix_product(sigma, high, low, looked_up, EXACT)
+        else:
+            for block in tl.range(0, BD // BV, num_stages=1):
+                wide = block * BV + tl.arange(0, BV)
+                inside_wide = wide < D
+                wide_scale, wide_bias = load_scale(scale, bias, group, wide, inside_wide, D, NORM)
+                high, low = load_matrix(d_matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
+                wide_normal = load_tile(keys, k_token, tokens, wide, valid, inside_wide)
+                if NORM:
+                    wide_normal = wide_normal * inverse[:, None]
+                # H is symmetric: these rows of it are those columns.
+                wide_sigma = features(wide_normal, wide_scale, wide_bias, valid, NORM)
+                looked_up = matrix_product(wide_sigma, tl.trans(high), tl.trans(low), looked_up, EXACT)
+        readable = has > 0
+        da = tl.where(readable, 0.5 * tl.sum(sigma * looked_up, axis=1) / denominator, 0.0)
+        a = tl.where(readable, w / denominator, 0.0)
+        c = tl.where(held, -w * da / denominator, 0.0)
+        if WEIGHTED:
+            tl.store(d_strength + place, da, mask=valid)
+        d_sigma = a[:, None] * looked_up + tl.where(readable, c[:, None] * z[None, :], 0.0)
+        store_tile(dk + b * dk_batch + group * dk_head, dk_token, tokens, columns, valid, inside, d_sigma)
+        z_sum += tl.sum(tl.where(readable, c[:, None] * sigma, 0.0), axis=0)
+    tl.store(d_normalizers + program.to(tl.int64) * D + columns, z_sum, mask=inside)
+
+
+@torch.library.custom_op("infini::write_delta_backward", mutates_args=())
+def write_delta_backward(
+    k: Tensor,
+    v: Tensor,
+    strength: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    has_memory: Tensor | None,
+    before: Tensor,
+    z_before: Tensor,
+    d_before: Tensor,
+    dz_before: Tensor,
+    d_after: Tensor,
+    dz_after: Tensor,
+    offset: int,
+    written: int,
+    segment_length: int,
+    eps: float,
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v, strength, scale, bias, matrix and normalizer; empty where there was None."""
+    batch, length, groups, dim = k.shape
+    k, v = last_axis_contiguous(k), last_axis_contiguous(v)
+    strength, has_memory = None if strength is None else strength.contiguous(), as_bytes(has_memory)
+    before, z_before, slots = before.contiguous(), z_before.contiguous(), before.shape[1]
+    grams = gram_sums(k, strength, scale, bias, z_before, has_memory, offset, written, segment_length, eps, floor)
+    # L behind each segment, the gradient of its sums; then dG = -L M^T.
+    d_matrices, d_matrix = affine_scan(d_before.contiguous(), grams, d_after, slots, reverse=True)
+    with torch.autocast(k.device.type, enabled=False):  # which a backward pass may be called under
+        d_grams = d_matrices[:, :written] @ before[:, :written].transpose(-1, -2)
+    d_grams = -(d_grams + d_grams.transpose(-1, -2))
+    dk, dv, d_strength = new_gradients(k, v, strength, written * segment_length)
+    exact, parts, norm = is_exact(k, v), parts_of(segment_length), scale is not None
+    tiles = Tiles.of("backward", dim, segment_length, exact, shared_memory(k.device))
+    z_sums = torch.empty(batch, written, parts, groups, dim, dtype=torch.float32, device=k.device)
+    with on_device_of(k):
+        gram_backward_kernel[(batch * written * parts * groups,)](
+            k, k if strength is None else strength, scale if norm else k, bias if norm else k, z_before,
+            k if has_memory is None else has_memory, d_grams, dk, d_strength, z_sums,
+            *k.stride()[:3], *dk.stride()[:3], length, offset, written, slots, parts, segment_length, groups, eps, floor,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=segment_length if parts == 1 else PART, NORM=norm,
+            WEIGHTED=strength is not None, MASKED=has_memory is not None, EXACT=exact,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    d_normalizers = dz_before.clone(memory_format=torch.contiguous_format)
+    d_normalizers[:, :written] += z_sums.sum(dim=2)
+    d_normalizers, d_normalizer = scan(d_normalizers, dz_after, slots, in_place=True, reverse=True)
+    d_scale, d_bias = backward_of_sums(
+        k, v, strength, scale, bias, d_matrices, d_normalizers, dk, dv, d_strength, offset, written, segment_length, eps, add=True
+    )
+    return dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer
+
+
+@write_delta_backward.register_fake
+def _(
+    k, v, strength, scale, bias, has_memory, before, z_before, d_before, dz_before, d_after, dz_after,
+    offset, written, segment_length, eps, floor,
+):  # fmt: skip
+    none = d_after.new_empty(0)
+    return (
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        none if strength is None else d_after.new_empty(k.shape[:3]),
+        d_after.new_empty(0) if scale is None else scale.new_empty(scale.shape),
+        d_after.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+        d_after.new_empty(d_after.shape),
+        dz_after.new_empty(dz_after.shape),
+    )
+
+
+def _save(ctx, inputs, output):
+    k, v, strength, scale, bias, _, _, has_memory, ctx.offset, ctx.written, _, ctx.segment_length, ctx.eps, ctx.floor = inputs
+    ctx.save_for_backward(k, v, strength, scale, bias, has_memory, *output[:2])
+
+
+def _backward(ctx, d_before, dz_before, d_after, dz_after):
+    saved = ctx.saved_tensors
+    dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer = write_delta_backward(
+        *saved, d_before, dz_before, d_after, dz_after, ctx.offset, ctx.written, ctx.segment_length, ctx.eps, ctx.floor
+    )
+    return (
+        dk,
+        dv,
+        None if saved[2] is None else d_strength,
+        None if saved[3] is None else d_scale,
+        None if saved[4] is None else d_bias,
+        d_matrix,
+        d_normalizer,
+        *[None] * 7,
+    )
+
+
+write_delta.register_autograd(_backward, setup_context=_save)
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as kernels load it."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
