@@ -12,12 +12,12 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from infini.cli import resolvers
 from infini.errors import InputError
 
 MODULE = "infini.conf"
 
-# The one function that conf/ may call: ${multiply:${a},${b}}.
-OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
+resolvers.register()
 
 
 def compose(name: str, overrides: list[str]) -> dict[str, Any]:
@@ -50,8 +50,11 @@ def explain(error: Exception, name: str) -> str:
     if unknown := re.match(r"Could not override '(.+?)'", text):
         keys = list(_keys(OmegaConf.to_container(_compose(name, []))))
         near = difflib.get_close_matches(unknown[1], keys, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see infini {name} --help"
+        hint = f"did you mean {near[0]}?" if near else f"see infini {name.replace('_', ' ')} --help"
         return f"nothing reads {unknown[1]}; {hint}"
+    if launcher := re.search(r"Could not (?:find|load) 'hydra/launcher/(joblib|submitit_\w+)'", text):
+        extra = "sweep" if launcher[1] == "joblib" else "slurm"
+        return f"the launcher {launcher[1]} is not installed: pip install 'infini-attention[{extra}]', or leave hydra/launcher out"
     options = r"Could not find '(.+?)'\s+Available options in .*?:\s+(.*?)\nConfig search path"
     if option := re.search(options, text, re.DOTALL):
         return f"there is no {option[1]}: use one of {', '.join(option[2].split())}"

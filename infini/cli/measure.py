@@ -1,5 +1,6 @@
 """Commands that measure models of the library and leave a record, its table and its picture."""
 
+import json
 import logging
 import time
 from dataclasses import dataclass, fields
@@ -9,7 +10,9 @@ from typing import Any, Literal
 
 from infini.cli.build import fill, locate, model_class
 from infini.cli.compose import MODULE, compose
-from infini.report.record import make_record, write_record
+from infini.cli.runs import measure_each
+from infini.errors import InputError
+from infini.report.record import make_record, read_record, write_record
 from infini.report.render import render
 
 
@@ -21,6 +24,11 @@ class Command:
     output: str
     device: str
     dtype: Literal["float32", "bfloat16", "float16"] | None
+    runs: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint and self.runs:
+            raise InputError(f"checkpoint is {self.checkpoint} and runs is {self.runs}: give one of them")
 
 
 def measure(kind: str, arguments: list[str]) -> None:
@@ -40,20 +48,60 @@ def measure(kind: str, arguments: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("infini").setLevel(logging.INFO)
     config = compose(kind, arguments)
+    command, _, _ = read(config)
+    if command.runs is None:
+        names = command.checkpoint if isinstance(command.checkpoint, tuple) else (command.checkpoint,)
+        _measure(kind, config, names, Path(command.output))
+        return
+
+    def once(model: Path, output: Path) -> None:
+        from infini import checkpoint
+
+        one = config | {"checkpoint": str(model), "runs": None, "output": str(output)}
+        if not _is_measured(output / "record.json", one):
+            _measure(kind, one, (str(model),), output, label=str(checkpoint.model_type(model)))
+
+    print("\n".join(str(folder / "record.json") for folder in measure_each(Path(command.runs), command.output, once)))
+
+
+def _measure(kind: str, config: dict, names: tuple[str | None, ...], output: Path, label: str | None = None) -> None:
+    """Leaves one record of these models, and prints its table; `label` is what a model is called there, else as it was asked for."""
+    from infini.train.reach import read_reach
+
     command, settings, run = read(config)
-    names = command.checkpoint if isinstance(command.checkpoint, tuple) else (command.checkpoint,)
     started, rows, data = time.time(), [], {}
     for name in names:
-        model, label = _load(name, command)
-        found, data[label] = run(model, settings)
-        rows += [{"model": label, **row} for row in found]
-    record = Path(command.output) / "record.json"
-    write_record(
-        make_record(kind, config=config, data=data, seeds={"text": settings.seed}, started=started, rows=rows), record
-    )
+        model, own, folder = _load_model(name, command)
+        called = label or own
+        try:
+            found, data[called] = run(model, settings)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("nothing of this record is kept; with runs=FOLDER each model has a record of its own") from None
+        if (reach := read_reach(folder)) is not None:
+            data[called]["trained"] = reach
+        rows += [{"model": called, **row} for row in found]
+    record = output / "record.json"
+    seeds = {"text": settings.seed} if hasattr(settings, "seed") else {}
+    write_record(make_record(kind, config=config, data=data, seeds=seeds, started=started, rows=rows), record)
     written = render(record)
     print(written[0].read_text())
     print("\n".join(map(str, [record, *written])))
+
+
+def _is_measured(record: Path, config: dict) -> bool:
+    """Whether a record is there, of what is asked now.
+
+    Raises:
+        InputError: it is of something else.
+    """
+    if not record.exists():
+        return False
+    there = read_record(record)["config"]
+    for key in sorted((there.keys() | config.keys()) - {"output", "device", "checkpoint"}):
+        old, new = (json.dumps(values.get(key), sort_keys=True) for values in (there, config))
+        if old != new:
+            raise InputError(f"{record} was measured with {key} {old}, not {new}: choose another output")
+    return True
 
 
 def read(config: dict) -> tuple[Command, Any, Any]:
@@ -64,8 +112,8 @@ def read(config: dict) -> tuple[Command, Any, Any]:
     return command, fill(locate(config["_target_"]), "", asked), locate(config["_run_"])
 
 
-def _load(name: str | None, command: Command) -> tuple[Any, str]:
-    """A model, and what to call it: as it was asked for, or the shipped one's name."""
+def _load_model(name: str | None, command: Command) -> tuple[Any, str, Path]:
+    """A model, what to call it (as it was asked for, or the shipped one's name), and its folder."""
     import torch
 
     from infini import checkpoint
@@ -74,4 +122,4 @@ def _load(name: str | None, command: Command) -> tuple[Any, str]:
     folder = checkpoint.resolve(name)
     dtype = getattr(torch, command.dtype) if command.dtype else None
     model = model_class(str(checkpoint.model_type(folder))).from_pretrained(folder, choose_device(command.device), dtype)
-    return model, name or folder.name
+    return model, name or folder.name, folder

@@ -3,13 +3,14 @@
 import json
 import logging
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 from infini.cli.build import fill, locate, model_class
 from infini.cli.compose import MODULE, compose
+from infini.cli.runs import measure_each
 from infini.errors import InputError
 from infini.report.record import make_record, read_record, write_record
 from infini.report.render import render
@@ -21,13 +22,14 @@ class Command:
 
     checkpoint: str | None
     hf: str | None
+    runs: str | None
     output: str
     device: str
     dtype: Literal["float32", "bfloat16", "float16"] | None
 
     def __post_init__(self) -> None:
-        if self.checkpoint and self.hf:
-            raise InputError(f"checkpoint is {self.checkpoint} and hf is {self.hf}: give one of the two")
+        if len(given := [name for name in ("checkpoint", "hf", "runs") if getattr(self, name)]) > 1:
+            raise InputError(f"{' and '.join(f'{name} is {getattr(self, name)}' for name in given)}: give one of them")
 
 
 def run(arguments: list[str]) -> None:
@@ -43,8 +45,20 @@ def run(arguments: list[str]) -> None:
     logging.getLogger("infini").setLevel(logging.INFO)
     config = compose("passkey", arguments)
     command, settings, benchmark = read(config)
-    model, tokenizer = _load(command)
 
+    def ask(model: Path, output: Path) -> None:
+        one = replace(command, checkpoint=str(model), runs=None, output=str(output))
+        _run(one, settings, benchmark, config | {"checkpoint": one.checkpoint, "runs": None, "output": one.output})
+
+    if command.runs:
+        print("\n".join(str(folder / "record.json") for folder in measure_each(Path(command.runs), command.output, ask)))
+    else:
+        _run(command, settings, benchmark, config)
+
+
+def _run(command: Command, settings, benchmark, config: dict) -> None:
+    """Asks one model, leaves its record, and prints its table."""
+    model, tokenizer = _load(command)
     started, output = time.time(), Path(command.output)
     rows = benchmark(model, tokenizer, settings, output)
     record = output / "record.json"

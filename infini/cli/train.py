@@ -3,7 +3,9 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,28 +16,42 @@ from omegaconf.errors import OmegaConfBaseException
 
 from infini.cli.build import CHECKOUT_HINT, build, locate
 from infini.cli.compose import MODULE, explain, plain
+from infini.cli.sweep import asked_for, ignored_keys, launched, run_job
+from infini.config import ModelConfig
+from infini.data.tokenizer import load_tokenizer
 from infini.errors import InputError
 from infini.report.record import checkout
+from infini.tokenizer_file import BYTES
 
 logger = logging.getLogger(__name__)
 
 
 def run(arguments: list[str]) -> None:
-    """Trains with Hydra overrides; with -m (--multirun) once for each combination of the values a,b,c.
+    """Trains with Hydra overrides; with -m (--multirun) or sweep=NAME once for each combination of the values a,b,c.
 
     A run that is already finished in its output folder is not run again, an unfinished one goes on.
 
     Raises:
-        InputError: an override or an output folder that cannot be used, or a sweep asked of a wheel.
+        InputError: an override or an output folder that cannot be used, a sweep asked of a wheel, or failed jobs of a sweep.
+        KeyboardInterrupt: SIGINT or SIGTERM came; what ran is saved.
     """
-    if {"-m", "--multirun"} & set(arguments) and checkout() is None:
+    if _is_sweep(arguments) and checkout() is None:
         raise InputError(f"sweeps need the checkout, and this is a wheel: {CHECKOUT_HINT}")
     sys.argv = ["infini-train", *arguments]  # Hydra reads the process's own
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach `main` instead of ending the process here
     try:
-        _application()
+        with launched():
+            _application()
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, "train")) from error
+    except RuntimeError as error:
+        if "srun" in str(error):  # submitit's word for no Slurm
+            raise InputError("hydra/launcher=slurm finds no Slurm here (srun): use hydra/launcher=parallel") from error
+        raise
+
+
+def _is_sweep(arguments: Sequence[str]) -> bool:
+    return any(argument in ("-m", "--multirun") or argument.startswith("sweep=") for argument in arguments)
 
 
 def read(config: dict) -> tuple:
@@ -45,24 +61,40 @@ def read(config: dict) -> tuple:
     return tuple(build(part, config[part]) for part in ("model", "task", "train"))
 
 
+def require_tokenizer(model_config: ModelConfig, source: Any) -> None:
+    """Refuse a task that reads other tokens than the model, which would train without a word on ids of another meaning.
+
+    Raises:
+        InputError: they differ, or the tokenizer's vocabulary is not the model's.
+    """
+    reads = getattr(source, "tokenizer", BYTES)
+    if reads != model_config.tokenizer:
+        raise InputError(
+            f"model.tokenizer is {model_config.tokenizer!r}, but the task reads {reads!r}: "
+            "task=stream reads what the model does, tasks of passkeys and recall read bytes"
+        )
+    load_tokenizer(model_config)
+
+
 @hydra.main(version_base="1.3", config_path=f"pkg://{MODULE}", config_name="train")
 def _application(config: DictConfig) -> None:
     job = HydraConfig.get()
-    try:
-        _train(plain(config), Path(job.runtime.output_dir))
-    except Exception as error:
-        if job.mode == RunMode.MULTIRUN:  # Hydra goes on, and shows only the first failure, at the end
-            logger.error("%s failed: %s", job.runtime.output_dir, error)
-        raise
+    output = Path(job.runtime.output_dir)
+    overrides = sorted(asked_for(job.overrides.task, ignored_keys(job)))
+    if job.mode == RunMode.MULTIRUN:
+        run_job(lambda: _train(plain(config), output, overrides), output, overrides)
+    else:
+        _train(plain(config), output, overrides)
 
 
-def _train(config: dict, output: Path) -> None:
+def _train(config: dict, output: Path, overrides: Sequence[str] = ()) -> None:
     model_config, source, settings = read(config)
+    require_tokenizer(model_config, source)
     import torch
 
     from infini.train import train
 
     torch.manual_seed(settings.seed)  # the first weights
     model = locate(config["model"]["_model_"])(model_config)
-    train(model, source, settings, output)
+    train(model, source, settings, output, overrides=overrides)
     logger.info("finished: %s", output / "record.json")

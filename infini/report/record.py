@@ -19,6 +19,7 @@ from infini.errors import InputError
 
 SCHEMA = 1
 COMMIT_VARIABLE = "INFINI_COMMIT"  # names the commit where a copy of the tree travels without its history
+COMMAND_VARIABLE = "INFINI_COMMAND"  # what was typed, for the processes that a sweep starts
 CODE = ("infini", "baselines", "tasks", "conf", "pyproject.toml")
 LIBRARIES = "infini-attention torch triton flash-attn einops numpy safetensors hydra-core transformers".split()
 
@@ -57,7 +58,7 @@ def make_record(
     record = {
         "schema": SCHEMA,
         "kind": kind,
-        "command": _command(),
+        "command": os.environ.get(COMMAND_VARIABLE) or typed_command(),
         "source": source(),
         "config": dict(config),
         "data": dict(data),
@@ -187,8 +188,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _command() -> str:
-    # What was typed: Hydra needs sys.argv without the sub-command, orig_argv keeps it. The interpreter is left out.
+def typed_command() -> str:
+    """The command line of this process, without the interpreter and the folder of the script."""
+    # Hydra needs sys.argv without the sub-command, orig_argv keeps it.
     script, *arguments = sys.orig_argv[1:] or ["python"]
     return shlex.join([Path(script).name, *arguments])
 

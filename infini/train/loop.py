@@ -7,7 +7,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,9 @@ from infini.train.window import Window
 logger = logging.getLogger(__name__)
 
 
-def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output: Path) -> dict:
+def train(
+    model: nn.Module, source: BatchSource, settings: TrainSettings, output: Path, *, overrides: Sequence[str] = ()
+) -> dict:
     """Train ``model`` on ``source`` and leave everything about the run in ``output``.
 
     Each step predicts ``tokens[:, 1:]`` from ``tokens[:, :-1]`` of ``settings.accumulation``
@@ -56,6 +58,7 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
         source: random access to batches, see :mod:`infini.data.loader`.
         settings: see :class:`TrainSettings`.
         output: folder of this run.
+        overrides: how the run was asked for, ("model=rmt", "seed=1"); kept in the record, the name of the run in tables.
 
     Returns:
         The record's metrics: steps, tokens, parameters, seconds, tokens_per_second,
@@ -82,6 +85,7 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
     model.to(device).train()
     if settings.recompute:
         model.enable_recompute()
+    model.loss_tokens = settings.loss_tokens
     if settings.compile:
         model.enable_compile()
     optimizer = build_optimizer(model, settings)
@@ -115,6 +119,7 @@ def train(model: nn.Module, source: BatchSource, settings: TrainSettings, output
         data=run["data"],
         seeds={"train": settings.seed, "data": run["data"].get("seed", settings.seed)},
         started=started,
+        overrides=list(overrides),
         metrics=metrics,
     )
     write_record(record, output / "record.json")

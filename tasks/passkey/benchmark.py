@@ -16,12 +16,13 @@ from infini.tasks.passkey.cells import FinishedCells
 from infini.tasks.passkey.keys import draw_keys
 from infini.tasks.passkey.needles import Quiz, needle_kind
 from infini.tasks.passkey.prompt import Haystack, Prompt, build_prompt, check_length
-from infini.tasks.passkey.score import first_integer, right_digits, wilson_interval
+from infini.tasks.passkey.score import first_integer, right_digits
 from infini.tasks.peak_memory import peak_bytes, start_peak
 from tqdm import tqdm
 
 from infini.errors import InputError
 from infini.report.fingerprint import fingerprint
+from infini.report.intervals import wilson_interval
 from infini.session import StreamingSession
 
 VERSION = 1

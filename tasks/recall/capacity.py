@@ -37,7 +37,16 @@ class CapacityGrid:
 
 
 def run(model, grid: CapacityGrid) -> tuple[list[dict], dict[str, Any]]:
-    """The rows of one model, and what identifies the data: checksums."""
+    """The rows of one model, and what identifies the data: checksums.
+
+    Raises:
+        InputError: as :func:`capacity`, or the model does not read bytes.
+    """
+    if model.config.tokenizer != "bytes":
+        raise InputError(
+            f"the model's tokenizer is {model.config.tokenizer}, but the facts are written in bytes, a digit an association: "
+            "measure a model with tokenizer bytes"
+        )
     key_dim = model.config.head_dim if grid.key_dim is None else grid.key_dim
     settings = {name: getattr(grid, name) for name in grid.__dataclass_fields__ if name != "key_dim"}
     return capacity(model, key_dim, **settings), {"checkpoint_sha256": fingerprint(model)}

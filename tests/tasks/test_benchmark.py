@@ -4,7 +4,7 @@ import pytest
 import torch
 from infini.tasks.passkey.benchmark import PasskeyBenchmark, run
 from infini.tasks.passkey.keys import is_held_out
-from infini.tasks.passkey.score import first_integer, right_digits, wilson_interval
+from infini.tasks.passkey.score import first_integer, right_digits
 
 from infini import InfiniConfig, InfiniTransformer
 from infini.errors import InputError
@@ -214,9 +214,3 @@ def test_scoring_reads_the_first_integer():
     assert first_integer("none") == ""
     assert right_digits("123456", 12345) == [True] * 5
     assert right_digits("", 123) == [False] * 3
-
-
-def test_the_interval_is_wilsons():
-    # Values from the closed form at z = 1.96, worked by hand.
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
-    assert wilson_interval(15, 20) == pytest.approx((0.53130, 0.88814), abs=1e-4)

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 from infini.tasks.passkey.keys import is_held_out
-from infini.tasks.recall.capacity import capacity, theory
+from infini.tasks.recall.capacity import CapacityGrid, capacity, run, theory
 
 from infini import InfiniConfig, InfiniTransformer
+from infini.cli.build import build, locate
+from infini.cli.compose import compose
 from infini.errors import InputError
 
 
@@ -103,6 +105,28 @@ def test_a_real_model_gives_the_same_in_any_pieces():
     model = InfiniTransformer(config).eval()
     whole, parts = (capacity(model, 16, (3,), (100,), rows=2, piece=n) for n in (10_000, 41))
     assert whole == parts
+
+
+@pytest.mark.parametrize("name", ["infini_long", "transformer_xl", "memorizing", "full", "sliding", "rmt"])
+def test_every_model_is_measured_the_same_in_any_pieces(name, tmp_path):
+    config = compose("train", ["debug=tiny", f"model={name}", "model.segment_length=32", "task.min_segments=9", "task.max_segments=9"])
+    torch.manual_seed(0)
+    kind = locate(config["model"]["_model_"])
+    kind(build("model", config["model"])).save_pretrained(tmp_path)
+    model = kind.from_pretrained(tmp_path)
+    grid = dict(pairs=(6,), distances=(150,), rows=3, asked=6, haystack="repeat", seed=0, key_dim=None)
+    (whole, data), (parts, _) = (run(model, CapacityGrid(**grid, piece=piece)) for piece in (10_000, 41))
+    assert whole == parts and whole[0]["key_dim"] == 16 and whole[0]["names"] == 18 and len(data["checkpoint_sha256"]) == 64
+    # An untrained model guesses: what it is asked for is nowhere in what it has just read.
+    assert whole[0]["digit_accuracy"] < 0.3
+
+
+def test_a_model_that_reads_no_bytes_is_refused():
+    model = Register()
+    model.config.tokenizer = "books/tokenizer.json"
+    grid = CapacityGrid(pairs=(1,), distances=(9,), rows=1, asked=1, haystack="repeat", seed=0, piece=9, key_dim=8)
+    with pytest.raises(InputError, match="the model's tokenizer is books/tokenizer.json, but the facts are written in bytes"):
+        run(model, grid)
 
 
 @pytest.mark.parametrize(
