@@ -1,4 +1,4 @@
-"""A model as a folder: `config.json` and `model.safetensors`. Nothing in it is ever executed."""
+"""A model as a folder: `config.json`, `model.safetensors`, `tokenizer.json` unless it reads bytes. Nothing in it is ever executed."""
 
 import json
 import os
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from infini import tokenizer_file
 from infini.config import InfiniConfig, ModelConfig
 from infini.errors import InputError
 from infini.tensor_file import write_tensors
@@ -17,6 +18,7 @@ from infini.tensor_file import write_tensors
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 FORMAT = "infini-1"
 TRANSFORMERS_NOTES = ("architectures", "dtype", "transformers_version")  # in a folder written there; no choices of the model
+TOKENIZER_KEY = "tokenizer_sha256"
 SHIPPED = Path(__file__).parent / "weights"
 
 Config = TypeVar("Config", bound=ModelConfig)
@@ -43,14 +45,21 @@ def shipped_names() -> list[str]:
 
 
 def write(folder: str | os.PathLike, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """Write a checkpoint folder; each file appears whole or not at all, the weights last."""
+    """Write a checkpoint folder; each file appears whole or not at all, the weights last.
+
+    Raises:
+        InputError: the tokenizer that the configuration names does not exist.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizer_file.store(folder, config.tokenizer)
     fields = {"model_type": config.model_type, "format": FORMAT, **config.to_dict()}
+    fields["tokenizer"] = tokenizer_file.stored_name(config.tokenizer)
     part = folder / (CONFIG_FILE + ".part")
     part.write_text(json.dumps(fields, indent=2) + "\n")
     os.replace(part, folder / CONFIG_FILE)
-    write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
+    # The weights say which tokenizer they know, so that another file in its place is found out.
+    write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"} | ({TOKENIZER_KEY: tokenizer} if tokenizer else {}))
 
 
 def model_type(folder: str | os.PathLike) -> str | None:
@@ -77,6 +86,7 @@ def read_config(folder: str | os.PathLike, config_class: type[Config] = InfiniCo
     found = fields.pop("format", None)
     if found != FORMAT:
         raise InputError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
+    fields["tokenizer"] = tokenizer_file.find(Path(folder), fields.get("tokenizer", tokenizer_file.BYTES))
     return config_class.from_dict({name: value for name, value in fields.items() if name not in TRANSFORMERS_NOTES})
 
 
@@ -95,12 +105,13 @@ def read_weights(folder: str | os.PathLike, expected: dict[str, Tensor]) -> dict
     """The weights in a checkpoint folder, in one file or in shards with an index, checked against `expected` names and shapes.
 
     Raises:
-        InputError: a file is missing, a pickle, cut short, of another configuration, or holds a NaN or an infinity.
+        InputError: a file is missing, a pickle, cut short, of another configuration or tokenizer, or holds a NaN or an infinity.
     """
     path, weights = Path(folder) / WEIGHTS_FILE, {}
     for part in _weight_files(Path(folder)):
         try:
             weights |= load_file(part)
+            _check_tokenizer(part)
         except SafetensorError as error:
             raise InputError(f"{part} cannot be read ({error}); it is cut short or no safetensors file: copy it again") from None
         except FileNotFoundError:
@@ -116,6 +127,16 @@ def read_weights(folder: str | os.PathLike, expected: dict[str, Tensor]) -> dict
             )
     require_finite(path, weights)
     return weights
+
+
+def _check_tokenizer(weights: Path) -> None:
+    with safe_open(weights, framework="pt") as file:
+        trained = (file.metadata() or {}).get(TOKENIZER_KEY)
+    if trained is not None and tokenizer_file.fingerprint(tokenizer_file.locate(str(weights.parent))) != trained:
+        raise InputError(
+            f"{weights.parent / tokenizer_file.FILE} is another tokenizer than the one that {weights.name} was trained with: "
+            "copy both from the same folder"
+        )
 
 
 def require_finite(path: str | os.PathLike, weights: dict[str, Tensor]) -> None:

@@ -109,7 +109,7 @@ class InfiniConfig(ModelConfig):
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     tokenizer: str = "bytes"
-    """Name of the tokenizer that the checkpoint was trained with."""
+    """`bytes`, or the path of the `tokenizer.json` that the model is trained with."""
 
     def __post_init__(self) -> None:
         self._check_shape()

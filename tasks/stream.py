@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from infini.tasks.text_files import read_documents
 
 from infini.data.batch import Batch
+from infini.data.tokenized import tokenize
+from infini.data.tokenizer import open_tokenizer
 from infini.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentStream:
-    """A map-style dataset of byte batches, each going on where the one of the same stream before it ended.
+    """A map-style dataset of token batches, each going on where the one of the same stream before it ended.
 
-    The documents, in an order drawn for each epoch, make one text; it is cut into ``streams * rows`` lanes of equal
-    length, and row after row reads its lane in windows of ``segments`` segments. So a document is read from its first to its
-    last byte, by one row, over as many steps as it takes; only one that a lane's border cuts is read by two. Each
-    byte of an epoch is predicted once, but for the first ones of documents and of lanes, and the last of the order, too few
-    for a byte in every lane, which are left out.
+    The documents, in an order drawn for each epoch, make one text; it is cut into ``streams * rows * world_size`` lanes of
+    equal length, and row after row reads its lane in windows of ``segments`` segments. So a document is read from its first to
+    its last token, by one row, over as many steps as it takes; only one that a lane's border cuts is read by two. Each
+    token of an epoch is predicted once, but for the first ones of documents and of lanes, and the last of the order, too few
+    for a token in every lane, which are left out.
 
     ``source[step]`` depends on ``seed`` and ``step`` alone: a resumed run sees what an uninterrupted one would have seen.
 
     Attributes:
         steps: number of batches.
-        texts: files, see :func:`infini.tasks.text_files.read_documents`; all are read when the source is made.
+        texts: files, see :func:`infini.data.documents.read_documents`; all are encoded when the source is made, or opened
+            where they were before, see :func:`infini.data.tokenized.tokenize`.
+        tokenizer: the model's, ``"bytes"`` or a ``tokenizer.json``.
+        column: of tables.
         seed: not negative; of the order of documents.
-        segment_length: bytes per segment, ``n``.
+        segment_length: tokens per segment, ``n``.
         segments: segments of a row, which gradients go through; state goes on without gradient.
         rows: rows of a batch.
         streams: batches that take turns, ``source[step]`` being of stream ``step % streams``. As many as batches make a step
             of the optimizer give it different texts.
-        shortest: documents of fewer bytes are left out. A memory is of no use in one that fits a segment.
+        shortest: documents of fewer tokens are left out. A memory is of no use in one that fits a segment.
+        rank: which of ``world_size`` processes this is. Each has lanes of its own, ``rows`` a batch; their batches together are
+            the batch of one process with ``rows * world_size`` rows.
+        world_size: processes.
 
     Example:
         >>> source = DocumentStream(steps=9, texts=(__file__,), segment_length=16, segments=2, rows=3)
@@ -51,34 +57,42 @@ class DocumentStream:
     rows: int = 4
     streams: int = 1
     shortest: int = 0
+    tokenizer: str = "bytes"
+    column: str = "text"
+    rank: int = 0
+    world_size: int = 1
 
     def __post_init__(self):
-        for name in ("steps", "segment_length", "segments", "rows", "streams"):
+        for name in ("steps", "segment_length", "segments", "rows", "streams", "world_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("seed", "shortest"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not self.texts:
-            raise InputError("texts is empty; name text files, Parquet files or glob patterns of them")
-        documents = [document.encode() for pattern in self.texts for document in read_documents(pattern)]
-        kept = [document for document in documents if len(document) >= max(1, self.shortest)]
-        size, lanes = sum(map(len, kept)), self.rows * self.streams
-        if size < 2 * lanes:
+        if not 0 <= self.rank < self.world_size:
+            raise InputError(f"rank is {self.rank} of {self.world_size} processes; it must be 0 to {self.world_size - 1}")
+        tokenizer = open_tokenizer(self.tokenizer)
+        text = tokenize(self.texts, tokenizer, self.column)
+        kept = np.flatnonzero(text.sizes >= max(1, self.shortest))
+        sizes, lanes = text.sizes[kept], self.rows * self.streams * self.world_size
+        if sizes.sum() < 2 * lanes:
             raise InputError(
-                f"{len(kept)} of {len(documents)} documents have {self.shortest} bytes or more, {size} bytes in all, "
-                f"for {lanes} lanes (rows * streams) of at least 2; give more text or lower shortest"
+                f"{len(kept)} of {len(text)} documents have {self.shortest} tokens or more, {sizes.sum()} tokens in all, "
+                f"for {lanes} lanes (rows * streams * world_size) of at least 2; give more text or lower shortest"
             )
-        object.__setattr__(self, "_text", np.frombuffer(b"".join(kept), np.uint8))
-        sizes = np.array([len(document) for document in kept])
+        object.__setattr__(self, "_text", text)
+        object.__setattr__(self, "_kept", kept)
+        object.__setattr__(self, "_tokenizer_sha256", tokenizer.fingerprint)
         object.__setattr__(self, "_sizes", sizes)
-        object.__setattr__(self, "_begins", sizes.cumsum() - sizes)
+        object.__setattr__(self, "_begins", (text.sizes.cumsum() - text.sizes)[kept])
+        object.__setattr__(self, "_length", int(sizes.sum()) // lanes)
         object.__setattr__(self, "_orders", {})
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the documents that are read, in the order of their files."""
-        return {"texts_sha256": hashlib.sha256(self._text).hexdigest()}
+        """SHA-256 of the documents that are read, as tokens and in the order of their files, and of the tokenizer."""
+        tokenizer = {} if self._tokenizer_sha256 is None else {"tokenizer_sha256": self._tokenizer_sha256}
+        return {"texts_sha256": self._text.digest(self._kept)} | tokenizer
 
     def __len__(self) -> int:
         return self.steps
@@ -88,10 +102,11 @@ class DocumentStream:
             raise IndexError(f"step {step} of {self.steps}")
         turn, stream = divmod(step, self.streams)
         length = self.segments * self.segment_length
-        tokens = np.empty((self.rows, length + 1), np.uint8)
+        tokens = np.empty((self.rows, length + 1), self._text.tokens.dtype)
         reset = np.zeros(tokens.shape, bool)
         for row in range(self.rows):
-            self._read(stream * self.rows + row, turn * length, tokens[row], reset[row])
+            lane = (stream * self.world_size + self.rank) * self.rows + row
+            self._read(lane, turn * length, tokens[row], reset[row])
         return Batch(
             torch.from_numpy(tokens),
             torch.zeros(tokens.shape, dtype=torch.bool),
@@ -101,8 +116,8 @@ class DocumentStream:
         )
 
     def _read(self, lane: int, start: int, tokens: np.ndarray, reset: np.ndarray) -> None:
-        """Fill a window with what the lane holds from byte ``start`` of all its epochs on."""
-        length, done = len(self._text) // (self.rows * self.streams), 0
+        """Fill a window with what the lane holds from token ``start`` of all its epochs on."""
+        length, done = self._length, 0
         while done < len(tokens):
             epoch, place = divmod(start + done, length)
             count = min(len(tokens) - done, length - place)
@@ -112,14 +127,14 @@ class DocumentStream:
             done += count
 
     def _read_epoch(self, epoch: int, start: int, tokens: np.ndarray, reset: np.ndarray) -> None:
-        """Fill a window with an epoch's text from byte ``start`` on."""
+        """Fill a window with an epoch's text from token ``start`` on."""
         order, ends = self._order(epoch)
         i, done = int(np.searchsorted(ends, start, side="right")), 0
         while done < len(tokens):
             document, left = order[i], int(ends[i]) - start - done
             inside, count = int(self._sizes[document]) - left, min(left, len(tokens) - done)
             begin = int(self._begins[document]) + inside
-            tokens[done : done + count] = self._text[begin : begin + count]
+            tokens[done : done + count] = self._text.tokens[begin : begin + count]
             reset[done] = inside == 0
             i, done = i + 1, done + count
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import sys
@@ -15,6 +16,10 @@ from typing import Literal
 from infini.cli.build import fill, model_class
 from infini.cli.compose import MODULE, compose
 from infini.errors import InputError
+
+LONGEST_WORD = 2**20  # bytes without a place where a text may be cut, after which it is cut anyway
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Command:
     stop: str | None
     seed: int
     piece: int
+    decode: Literal["eager", "graph", "auto"]
     device: str
     dtype: Literal["float32", "bfloat16", "float16"] | None
 
@@ -63,23 +69,26 @@ def run(arguments: list[str]) -> None:
         print("usage: infini generate [KEY=VALUE ...]\n\n" + (files(MODULE) / "generate.yaml").read_text())
         return
     command = fill(Command, "", compose("generate", arguments))
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("infini").setLevel(logging.INFO)
     import torch
 
     from infini import checkpoint
     from infini.cli.device import choose_device
     from infini.data.tokenizer import load_tokenizer
-    from infini.session import StreamingSession
+    from infini.token_step import wants_capture
 
     folder, device = checkpoint.resolve(command.checkpoint), choose_device(command.device)
     dtype = getattr(torch, command.dtype) if command.dtype else None
     model = model_class(str(checkpoint.model_type(folder))).from_pretrained(folder, device, dtype)
     tokenizer = load_tokenizer(model.config)
-    read = _read_file(command, model)
+    wants_capture(command.decode, model)  # what cannot be had is said before a book is read
+    session = _read_file(command, model, tokenizer)
+    read = session.state
     for question in command.questions or (None,):
-        session = read
         if question is not None:
             # The state is a value: every question goes on from the same one.
-            session = StreamingSession(model, state=read.state, piece=command.piece)
+            session.restart(read)
             session.feed(tokenizer.encode("\n" + question))
             print(question, end="", flush=True)
         for text in _answer(command, session, tokenizer):
@@ -87,7 +96,7 @@ def run(arguments: list[str]) -> None:
         print()
 
 
-def _read_file(command: Command, model):
+def _read_file(command: Command, model, tokenizer):
     """A session that has read the whole file; it may begin with a saved one."""
     import torch
     from tqdm import tqdm
@@ -103,28 +112,42 @@ def _read_file(command: Command, model):
         if command.session and Path(command.session).exists():
             session = StreamingSession.restore(command.session, model, command.piece)
             done = _go_on(command, file, digest, weights)
-        started, begun = time.perf_counter(), done
-        with tqdm(total=size, initial=done, unit="tok", unit_scale=True, desc=f"reading {path.name}", disable=None) as bar:
+        started, begun, before, waiting = time.perf_counter(), done, session.tokens_seen, b""
+        with tqdm(total=size, initial=done, unit="B", unit_scale=True, desc=f"reading {path.name}", disable=None) as bar:
             while part := file.read(command.piece):
-                session.feed(torch.frombuffer(bytearray(part), dtype=torch.uint8))
-                digest.update(part)
-                done += len(part)
+                text, waiting = _cut(tokenizer, waiting + part)
+                if text:
+                    session.feed(torch.tensor(tokenizer.encode_bytes(text)))
+                digest.update(text)
+                done += len(text)
                 bar.set_postfix_str(f"memory {_memory(model) / 2**20:,.0f} MiB", refresh=False)
-                bar.update(len(part))
+                bar.update(len(text))
                 if interrupt.requested:
                     break
-        seconds = time.perf_counter() - started
+    # What waits may be read otherwise when the file has grown, so it is no part of what is kept.
     if command.session and done > begun:
         _save(command, session, done, digest, weights)
     if interrupt.requested:
-        kept = f"{done:,} tokens are kept in {command.session}, the same command goes on from there"
+        kept = f"{session.tokens_seen:,} tokens are kept in {command.session}, the same command goes on from there"
         raise KeyboardInterrupt(kept if command.session else "nothing is kept; with session=FILE what was read would be")
-    rate = f"{(done - begun) / seconds:,.0f} tokens/s" if done > begun else "at once, from the saved session"
+    if waiting:
+        session.feed(torch.tensor(tokenizer.encode_bytes(waiting)))
+    read, seconds = session.tokens_seen - before, time.perf_counter() - started
+    rate = f"{read / seconds:,.0f} tokens/s" if done > begun else "at once, from the saved session"
     print(
-        f"{done:,} tokens read, {rate}; state {session.state_bytes:,} bytes, peak memory {_memory(model) / 2**20:,.0f} MiB",
+        f"{session.tokens_seen:,} tokens read, {rate}; state {session.state_bytes:,} bytes, peak memory {_memory(model) / 2**20:,.0f} MiB",
         file=sys.stderr,
     )
     return session
+
+
+def _cut(tokenizer, text: bytes) -> tuple[bytes, bytes]:
+    """What can be encoded now, and what must wait for the bytes that follow."""
+    whole = tokenizer.cut(text)
+    if not whole and len(text) > LONGEST_WORD:
+        log.warning("%s bytes without a place between two words: the text is cut, and a token there may be another", f"{len(text):,}")
+        whole = next(i for i in range(len(text) - 1, 0, -1) if text[i] & 0xC0 != 0x80)  # not inside a character
+    return text[:whole], text[whole:]
 
 
 def _go_on(command: Command, file, digest, weights: str) -> int:
@@ -164,7 +187,8 @@ def _answer(command: Command, session, tokenizer) -> Iterator[str]:
     import torch
 
     generator = torch.Generator(next(session.model.parameters()).device).manual_seed(command.seed)
-    steps = session.generate(command.max_new_tokens, command.temperature, command.top_k, command.top_p, generator=generator)
+    choice = (command.max_new_tokens, command.temperature, command.top_k, command.top_p)
+    steps = session.generate(*choice, generator=generator, decode=command.decode)
     ids, shown = [], 0
     for token in steps:
         ids.append(int(token))

@@ -10,10 +10,13 @@ from infini.errors import InputError
 
 COMMANDS = {  # name -> what it does; infini.cli.NAME.run(arguments) is imported when it is asked for
     "passkey": "look for a pass key hidden in long texts, with any checkpoint",
+    "perplexity": "how well a model predicts whole documents, by position, with and without its memory",
     "generate": "read a file of any size, then answer questions about it",
     "capacity": "how many facts a memory holds, and how long",
     "drift": "the error of an fp32 memory after a long stream",
-    "bench": "time the memory, plain and by kernels, on a GPU",
+    "peak": "peak memory of a long prompt, through generate() and a session",
+    "bench": "time the memory by kernels, or (bench decode) each token that is written",
+    "tokenizer": "learn a byte-level BPE tokenizer from training texts",
     "train": "train a model (-m: a sweep over several)",
     "report": "render tables and pictures from the records of runs",
 }
@@ -74,7 +77,7 @@ def _fail(sentence: str) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:10} {what}" for name, what in COMMANDS.items()]
     usage = "usage: infini COMMAND [KEY=VALUE ...]"
     return "\n".join([usage, "", *lines, "", "infini COMMAND --help shows the keys of one."])
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from infini.checkpoint import FORMAT
 from infini.config import InfiniConfig
 from infini.errors import InputError
+from infini.tokenizer_file import stored_name
 
 # What transformers may hand over that is none of our choices.
 _BOOKKEEPING = {"model_type", "name_or_path", "attn_implementation", "torch_dtype", "num_labels", "experts_implementation"}
@@ -75,6 +76,7 @@ class InfiniHFConfig(PreTrainedConfig):
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of `config.json`: every choice, whatever `use_diff`, so that a later change of a default changes no model."""
         fields = {"model_type": self.model_type, "format": FORMAT, **self.infini.to_dict()}
+        fields["tokenizer"] = stored_name(self.tokenizer)
         fields |= {"architectures": ["InfiniForCausalLM"], "transformers_version": self.to_dict()["transformers_version"]}
         return json.dumps(fields, indent=2) + "\n"
 

@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from infini.report.perplexity import by_position, models_of
 from infini.report.tables import passkey_title
 
 
@@ -95,6 +96,81 @@ def drift_curves(record: Mapping[str, Any]) -> bytes:
     axes.set_xlabel("tokens of stream")
     axes.set_ylabel("relative error of fp32")
     axes.legend(fontsize="small")
+    return _png(figure)
+
+
+def perplexity_curves(record: Mapping[str, Any]) -> bytes:
+    """Token perplexity by position in the document, a color a model, dashed without its memory.
+
+    Positions that few documents reach are of those alone: the end of a curve is of the longest documents.
+
+    Args:
+        record: of kind "perplexity", with rows as in `perplexity_table`.
+
+    Returns:
+        A PNG, without date or version in it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for i, (model, rows) in enumerate(models_of(record).items()):
+        cells = by_position(rows)
+        places = [1.5 * cell["from"] for cell in cells]  # the middle of 2^b to 2^(b + 1)
+        for name, style, what in (("token_perplexity", "-o", ""), ("token_perplexity_without_memory", "--", ", without memory")):
+            if all(cell[name] is not None for cell in cells):
+                axes.plot(places, [cell[name] for cell in cells], style, color=f"C{i}", markersize=3, label=model + what)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("position in the document, tokens")
+    axes.set_ylabel("token perplexity")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return _png(figure)
+
+
+def roofline(record: Mapping[str, Any]) -> bytes:
+    """FLOP per second by FLOP per byte, under the two ceilings of the run; a color a row, a mark a direction. Loss curves below.
+
+    Args:
+        record: of kind "bench", with rows as in `bench_table`; those without bytes or FLOP are left out.
+
+    Returns:
+        A PNG, without date or version in it.
+    """
+    from matplotlib.figure import Figure
+
+    ceilings, points = record["ceilings"], {}
+    for row in record["rows"]:
+        if row.get("bytes") and row.get("flop"):
+            what = f"{row['part']}: {row['what']}, {row.get('rule', row.get('kernel', '-'))}, {row.get('backend', 'kernel alone')}"
+            points.setdefault(what, []).append(row)
+    figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+    curves = [row for row in record["rows"] if "losses" in row]
+    axes, *others = figure.subplots(1 + len(curves), squeeze=False)[:, 0]
+    for other, row in zip(others, curves, strict=True):
+        for name, style, what in (("fp32_losses", "k-", "fp32"), ("plain_losses", "C0-", "bf16"), ("losses", "C1--", "bf16, kernels")):
+            other.plot(range(1, len(row[name]) + 1), row[name], style, linewidth=1, label=what)
+        other.set_xlabel("step")
+        other.set_ylabel(f"loss, {row['rule']}, nats")
+        other.legend(fontsize="xx-small")
+    spread = [row["flop"] / row["bytes"] for rows in points.values() for row in rows] or [1.0]
+    reach = [min(spread) / 2, max(*spread, ceilings["product_flop_per_second"] / ceilings["copy_bytes_per_second"]) * 2]
+    ridge = ceilings["product_flop_per_second"] / ceilings["copy_bytes_per_second"]
+    xs = sorted([*reach, ridge])
+    axes.plot(xs, [min(x * ceilings["copy_bytes_per_second"], ceilings["product_flop_per_second"]) / 1e12 for x in xs], "k-", label="ceilings")
+    marks = {"forward": "o", "forward + backward": "s"}
+    for i, (what, rows) in enumerate(points.items()):
+        for row in rows:
+            done = row["flop"] / row["milliseconds"] / 1e9
+            label = what if row is rows[0] else None
+            axes.plot(row["flop"] / row["bytes"], done, marks.get(row.get("direction"), "^"), color=f"C{i % 10}", label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOP per byte that must be moved")
+    axes.set_ylabel("TFLOP/s")
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize="xx-small", loc="outside right upper")
     return _png(figure)
 
 

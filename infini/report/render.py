@@ -3,12 +3,24 @@
 from pathlib import Path
 
 from infini.errors import InputError
-from infini.report.plots import capacity_curves, drift_curves, passkey_heat_map
+from infini.report.generation_tables import decode_table, lm_eval_table, peak_table
+from infini.report.plots import capacity_curves, drift_curves, passkey_heat_map, perplexity_curves, roofline
 from infini.report.record import read_record, write_atomically
-from infini.report.tables import bench_table, capacity_table, drift_table, passkey_table, train_table
+from infini.report.tables import (
+    bench_table,
+    capacity_table,
+    drift_table,
+    passkey_table,
+    perplexity_table,
+    tokenizer_table,
+    train_table,
+)
 
 TABLES = {"passkey": passkey_table, "train": train_table, "capacity": capacity_table, "drift": drift_table, "bench": bench_table}
-PICTURES = {"passkey": passkey_heat_map, "capacity": capacity_curves, "drift": drift_curves}
+TABLES |= {"perplexity": perplexity_table, "tokenizer": tokenizer_table}
+TABLES |= {"decode": decode_table, "peak": peak_table, "lm_eval": lm_eval_table}
+PICTURES = {"passkey": passkey_heat_map, "capacity": capacity_curves, "drift": drift_curves, "perplexity": perplexity_curves}
+PICTURES |= {"bench": roofline}
 
 
 def render(path: Path) -> list[Path]:

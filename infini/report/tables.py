@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from infini.report.perplexity import by_position, models_of, summary
+
 MIB = 2**20
 
 
@@ -100,35 +102,103 @@ def train_table(record: Mapping[str, Any]) -> str:
     return f"# Training\n\n{_table(['metric', 'value'], lines)}\n{caption(record)}"
 
 
-def bench_table(record: Mapping[str, Any]) -> str:
-    """One line per part and shape: plain PyTorch, the kernels, and the ratio of their times.
+def perplexity_table(record: Mapping[str, Any]) -> str:
+    """One line per model, all documents together, and one per power of two of the position.
 
     Args:
-        record: of kind "bench"; rows as of `infini.bench.memory.run`, both backends of a part.
+        record: of kind "perplexity"; rows as of `infini.tasks.perplexity.benchmark.run`, each with its model.
     """
-    parts: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for row in record["rows"]:
-        shape = "shipped model" if row.get("shape") is None else _shape(row["shape"])
-        parts.setdefault((row["part"], shape), {})[row["backend"]] = row
-    head = ["part", "rows x tokens / segment, heads : kv heads x width", "torch, ms", "triton, ms", "torch / triton"]
-    head += ["triton, tokens/s", "triton / copying the bytes"]
-    lines = [
-        [
-            part,
-            shape,
-            *(f"{by[name]['milliseconds']:.3f}" for name in ("torch", "triton")),
-            f"{by['torch']['milliseconds'] / by['triton']['milliseconds']:.2f}",
-            f"{by['triton']['tokens_per_second']:,.0f}",
-            f"{by['triton']['floor_ratio']:.2f}" if "floor_ratio" in by["triton"] else "-",
-        ]
-        for (part, shape), by in parts.items()
+    models = models_of(record)
+    head = ["model", "documents", "tokens", "token perplexity", "without memory", "memory saves, nats a token"]
+    head += ["word perplexity", "without memory", "bits per byte", "state, MiB"]
+    lines = []
+    for model, rows in models.items():
+        found = summary(rows)
+        names = ("token_perplexity", "token_perplexity_without_memory", "memory_gain", "word_perplexity", "word_perplexity_without_memory")
+        numbers = [_number(found[name]) for name in names]
+        state = max(row["state_bytes"] for row in rows) / MIB
+        lines.append([model, f"{found['documents']:,}", f"{found['tokens']:,}", *numbers, f"{found['bits_per_byte']:.4f}", f"{state:,.2f}"])
+    positions = {model: {cell["from"]: cell for cell in by_position(rows)} for model, rows in models.items()}
+    places = [["positions", "documents", *(name for model in models for name in (model, "without memory"))]]
+    for start in sorted({start for cells in positions.values() for start in cells}):
+        cells = [cells.get(start) for cells in positions.values()]
+        line = [f"{start:,} to {2 * start - 1:,}", f"{max(cell['documents'] for cell in cells if cell):,}"]
+        for cell in cells:
+            values = ("token_perplexity", "token_perplexity_without_memory")
+            line += [_number(cell[name]) for name in values] if cell else ["-", "-"]
+        places.append(line)
+    note = (
+        "Every token but a document's first is scored once, given all before it; positions count from 0. Token perplexity depends on the "
+        "tokenizer; word perplexity is exp(nll / words), words being what stands between blanks. Without memory: the model's own silenced "
+        "state, see baselines/README.md.\n\n"
+    )
+    by_place = f"## Token perplexity by position in the document\n\n{_table(places[0], places[1:])}\n"
+    return f"# Perplexity\n\n{_table(head, lines)}\n{by_place}{note}{caption(record)}"
+
+
+def tokenizer_table(record: Mapping[str, Any]) -> str:
+    """What was learned from how much, one line each, with the caption."""
+    lines = [[name.replace("_", " "), _number(value)] for name, value in record["metrics"].items()]
+    note = "Rates are those of the first documents, which the tokenizer was learned from.\n\n"
+    return f"# Tokenizer\n\n{_table(['metric', 'value'], lines)}\n{note}{caption(record)}"
+
+
+def bench_table(record: Mapping[str, Any]) -> str:
+    """A table for each part: the time of every row, its floor, and the ratio to what it stands against.
+
+    Args:
+        record: of kind "bench"; rows as of `infini.bench.suite.run`.
+    """
+    head = ["what", "rule", "backend", "kernel", "direction", "shape", "ms", "tokens/s", "GB", "TFLOP", "floor, ms", "time / floor"]
+    head += ["FLOP / product rate", "time / that of", "", "memory, GiB"]
+    ceilings = record["ceilings"]
+    text = (
+        f"Medians, nothing in the caches. Ceilings of this run: a copy moves {ceilings['copy_bytes_per_second'] / 1e12:.2f} TB/s, bytes read "
+        f"and written counted; a bf16 product does {ceilings['product_flop_per_second'] / 1e12:.0f} TFLOP/s. Floor: the longer of bytes and "
+        "FLOP at these, every tensor moved once, no recomputation.\n\n"
+    )
+    for part in dict.fromkeys(row["part"] for row in record["rows"]):
+        lines = [_bench_line(row) for row in record["rows"] if row["part"] == part]
+        text += f"## {part}\n\n{_table(head, lines)}\n"
+    return f"# Speed\n\n{text}{caption(record)}"
+
+
+def _bench_line(row: Mapping[str, Any]) -> list[str]:
+    backend = row.get("backend", "-") + (", compiled" if row.get("compiled") else "")
+    names = [row["what"], row.get("rule", "-"), backend, row.get("kernel", "-"), row.get("direction", "-"), bench_shape(row)]
+    if "failed" in row:
+        return [*names, row["failed"].replace("|", "/"), *["-"] * 9]
+
+    def number(name: str, form: str, unit: float = 1.0) -> str:
+        return form.format(row[name] / unit) if name in row else "-"
+
+    return [
+        *names,
+        f"{row['milliseconds']:.3f}",
+        f"{row['tokens_per_second']:,.0f}",
+        number("bytes", "{:.3g}", 1e9),
+        number("flop", "{:.3g}", 1e12),
+        number("floor_milliseconds", "{:.3f}"),
+        number("floor_ratio", "{:.2f}"),
+        number("flop_utilization", "{:.1%}"),
+        number("ratio", "{:.3f}"),
+        row.get("against", "-"),
+        number("peak_memory_bytes", "{:.2f}", 2**30),
     ]
-    note = f"Medians. This device copies {record['copy_bytes_per_second'] / 1e12:.2f} TB/s, bytes read and written counted.\n\n"
-    return f"# Speed of the memory\n\n{_table(head, lines)}\n{note}{caption(record)}"
 
 
-def _shape(shape: Mapping[str, Any]) -> str:
-    return "{rows} x {tokens:,} / {segment_length:,}, {heads} : {groups} x {head_dim}".format(**shape)
+def bench_shape(row: Mapping[str, Any]) -> str:
+    """Tokens and heads of a row of a benchmark, in short.
+
+    >>> bench_shape({"shape": {"rows": 1, "tokens": 4096, "segment_length": 2048, "heads": 8, "groups": 2, "head_dim": 64}})
+    '1 x 4,096 / 2,048, 8 : 2 x 64'
+    """
+    shape = row.get("shape")
+    if shape is None:
+        return f"{row['tokens']:,}" if "tokens" in row else "-"
+    reach = f" / {shape['segment_length']:,}" if shape.get("segment_length") else ""
+    reach += f" window {shape['window']:,}" if shape.get("window") else ""
+    return "{rows} x {tokens:,}{reach}, {heads} : {groups} x {head_dim}".format(reach=reach, **shape)
 
 
 def caption(record: Mapping[str, Any]) -> str:
@@ -147,7 +217,7 @@ def caption(record: Mapping[str, Any]) -> str:
         "command": f"`{record['command']}`",
         "commit": commit,
         **_reach(record),
-        "seeds": seeds,
+        **({"seeds": seeds} if seeds else {}),
         "machine": hardware,
         "versions": versions,
         "started": f"{record['started']}, {record['seconds']:,.0f} s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -72,6 +73,34 @@ def texts(text: str | None = None, **metadata: Any) -> dict:
         raise InputError("""no text is named; give --metadata '{"text": "books/*.txt"}'""")
     paths = sorted(glob.glob(text, recursive=True)) or [text]
     return _data_set([{"text": read_texts(path), "path": path} for path in paths])
+
+
+def infinitebench(split: str, **metadata: Any) -> dict:
+    """One subset of InfiniteBench (arXiv 2402.13718) from the hub.
+
+    Args:
+        split: its name there, such as ``"passkey"``.
+        metadata: not used.
+
+    Returns:
+        ``{split: Dataset}`` with columns id, context, input, answer, options.
+    """
+    import datasets
+
+    text, texts = datasets.Value("string"), datasets.Sequence(datasets.Value("string"))
+    columns = {"id": datasets.Value("int64"), "context": text, "input": text, "answer": texts, "options": texts}
+    return {split: datasets.load_dataset("xinrongzhang2022/InfiniteBench", features=datasets.Features(columns), split=split)}
+
+
+def score_number(document: Mapping[str, Any], results: list[str]) -> dict:
+    """Right if the first integer of the answer is the one that is asked for."""
+    return {"exact_match": float(first_integer(results[0]) in document["answer"])}
+
+
+def score_value(document: Mapping[str, Any], results: list[str]) -> dict:
+    """Right if a word of the answer is the value that is asked for."""
+    words = re.split(r"""[\s:"'.,?!{}]+""", results[0])
+    return {"exact_match": float(any(answer in words for answer in document["answer"]))}
 
 
 def score_key(document: Mapping[str, Any], results: list[str]) -> dict:

@@ -1,12 +1,13 @@
 """Every YAML composes and every value of it reaches a dataclass."""
 
 import dataclasses
+import json
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from infini.cli import bench, generate, measure, passkey, train
+from infini.cli import bench, bench_decode, generate, measure, passkey, peak, tokenizer, train
 from infini.cli.build import fill
 from infini.cli.compose import compose
 from infini.config import InfiniConfig
@@ -21,8 +22,9 @@ def options(group):
 
 # What a file leaves to the command line: any text will do.
 NEEDS = {"experiment=passkey_mixed_12m": [f"task.haystacks=[{__file__}]"], "task=stream": [f"task.texts=[{__file__}]"]}
+NEEDS["model=full_row"] = ["task=stream", *NEEDS["task=stream"]]  # as long as the rows of documents
 
-MEASURES = ("capacity", "drift")
+MEASURES = {"capacity": [], "drift": [], "perplexity": ["texts=[x]"]}
 TRAIN = [
     [f"{group}={option}", *NEEDS.get(f"{group}={option}", ()), "output=x"] for group in ("model", "task") for option in options(group)
 ]
@@ -72,21 +74,37 @@ def test_passkey_composes_and_builds(grid):
 
 @pytest.mark.parametrize("kind", MEASURES)
 def test_measures_compose_and_build(kind):
-    config = compose(kind, [])
+    config = compose(kind, MEASURES[kind])
     command, settings, run = measure.read(config)
     assert callable(run)
     fields = {field.name for value in (command, settings) for field in dataclasses.fields(value)}
     assert fields == {key for key in config if key[0] != "_"}
 
 
+def test_tokenizer_composes_and_builds():
+    config = compose("tokenizer", ["texts=[x]", "output=y"])
+    assert dataclasses.asdict(fill(tokenizer.Command, "", config)) | {"texts": ["x"]} == config
+
+
 def test_bench_composes_and_builds():
     config = compose("bench", [])
-    assert dataclasses.asdict(fill(bench.Command, "", config)) == config
+    output, device, settings = bench.read(config)
+    assert {"output": str(output), "device": device} | json.loads(json.dumps(dataclasses.asdict(settings))) == config
+
+
+def test_bench_decode_and_peak_compose_and_build():
+    assert fill(bench_decode.Command, "", compose("bench_decode", [])).paths == ("eager", "graph")
+    config = compose("peak", [])
+    command, settings, ask = peak.read(config)
+    assert callable(ask)
+    fields = {field.name for value in (command, settings) for field in dataclasses.fields(value)}
+    assert fields == {key for key in config if key[0] != "_"}
 
 
 def test_no_yaml_is_outside_the_tests_above():
-    tested = {f"{name}.yaml" for name in ("passkey", "train", "generate", "bench", *MEASURES)}
+    tested = {f"{name}.yaml" for name in ("passkey", "train", "generate", "bench", "tokenizer", *MEASURES)}
     tested |= {"task/base/rows.yaml"}  # composed into every task of rows
+    tested |= {str(path.relative_to(CONF)) for group in ("sweep", "hydra") for path in (CONF / group).rglob("*.yaml")}  # in test_sweep_conf
     for group in ("model", "task", "experiment", "debug", "grid"):
         tested |= {f"{group}/{option}.yaml" for option in options(group)}
     assert {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")} == tested

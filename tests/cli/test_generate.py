@@ -44,7 +44,7 @@ def answers(checkpoint, text, questions, count):
         yield ByteTokenizer().decode([int(token) for token in session.generate(count)])
 
 
-def test_every_question_is_answered_as_if_it_alone_came_after_the_text(checkpoint, book, capsys):
+def test_every_question_is_answered_as_if_it_alone_came_after_the_text(checkpoint, book, capsys, caplog):
     asked = ["generate", f"checkpoint={checkpoint}", "prompt_file=book.txt", "max_new_tokens=12", "piece=100"]
     assert cli.main([*asked, "questions=[Who?,What is it?]"]) == 0
     captured = capsys.readouterr()
@@ -55,12 +55,69 @@ def test_every_question_is_answered_as_if_it_alone_came_after_the_text(checkpoin
     # Without questions the text itself goes on.
     assert cli.main(asked) == 0
     assert capsys.readouterr().out == next(answers(checkpoint, TEXT, [b""], 12)) + "\n"
+    assert cli.main([*asked, "device=cpu", "decode=auto"]) == 0
+    assert capsys.readouterr().out == next(answers(checkpoint, TEXT, [b""], 12)) + "\n" and "without a CUDA graph" in caplog.text
     # The same seed, the same sample; another, another.
     sampled = []
     for seed in (1, 1, 2):
         assert cli.main([*asked, "temperature=3", "max_new_tokens=30", f"seed={seed}"]) == 0
         sampled.append(capsys.readouterr().out)
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.fixture(scope="module")
+def with_words(tmp_path_factory):
+    """A model whose tokens are words, and its tokenizer."""
+    pytest.importorskip("tokenizers")
+    from infini.data.bpe import BPETokenizer, train_bpe
+
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "tokenizer.json").write_bytes(train_bpe([TEXT.decode()], vocab_size=270))
+    torch.manual_seed(0)
+    config = InfiniConfig.long(
+        **SHAPE, segment_length=16, initializer_range=0.3, vocab_size=270, tokenizer=str(folder / "tokenizer.json")
+    )
+    InfiniTransformer(config).save_pretrained(folder / "model")
+    return folder / "model", BPETokenizer(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("piece", [29, 4096])
+def test_a_trained_tokenizer_reads_the_file_as_if_it_were_encoded_whole(with_words, book, piece, capsys):
+    folder, tokenizer = with_words
+    ids = tokenizer.encode(TEXT.decode())
+    assert len(ids) < 0.6 * len(TEXT)
+    session = StreamingSession(InfiniTransformer.from_pretrained(folder))
+    session.feed(ids)
+    session.feed(tokenizer.encode("\nWho?"))
+    answer = tokenizer.decode([int(token) for token in session.generate(12)])
+    asked = ["generate", f"checkpoint={folder}", "prompt_file=book.txt", "max_new_tokens=12", f"piece={piece}", "questions=[Who?]"]
+    assert cli.main(asked) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"Who?{answer}\n" and f"{len(ids):,} tokens read" in captured.err
+
+
+def test_a_saved_session_of_a_trained_tokenizer_goes_on_where_a_word_may_have_grown(with_words, book, capsys):
+    folder, tokenizer = with_words
+    cut = len(TEXT) - len(" book, café and all.\n".encode()) - 2  # inside "a"
+    asked = ["generate", f"checkpoint={folder}", "prompt_file=book.txt", "max_new_tokens=9", "session=read.st"]
+    book.write_bytes(TEXT[:cut])
+    assert cli.main(asked) == 0
+    book.write_bytes(TEXT)
+    capsys.readouterr()
+    assert cli.main(asked) == 0
+    session = StreamingSession(InfiniTransformer.from_pretrained(folder))
+    session.feed(tokenizer.encode(TEXT.decode()))
+    assert capsys.readouterr().out == tokenizer.decode([int(token) for token in session.generate(9)]) + "\n"
+
+
+def test_a_text_without_words_is_cut_and_told(with_words, monkeypatch, caplog):
+    monkeypatch.setattr(generate, "LONGEST_WORD", 10)
+    _, tokenizer = with_words
+    whole, rest = generate._cut(tokenizer, "鍵".encode() * 3)
+    assert (whole, rest) == (b"", "鍵".encode() * 3) and not caplog.text
+    whole, rest = generate._cut(tokenizer, "鍵".encode() * 4 + b"\xe9")
+    assert whole.decode() == "鍵" * 4 and rest == b"\xe9"
+    assert "13 bytes without a place between two words" in caplog.text
 
 
 def test_stop_ends_an_answer_wherever_it_falls(checkpoint, book, capsys):
@@ -81,7 +138,7 @@ def test_text_is_printed_when_it_is_certain():
             return iter(self.ids)
 
     def parts(text, stop):
-        command = type("Command", (), dict(max_new_tokens=9, temperature=0.0, top_k=None, top_p=None, stop=stop, seed=0))
+        command = type("Command", (), dict(max_new_tokens=9, temperature=0.0, top_k=None, top_p=None, stop=stop, seed=0, decode="eager"))
         return list(generate._answer(command, Session(text), ByteTokenizer()))
 
     assert parts("a\u20acb", None) == ["a", "\u20ac", "b", ""]  # no half of a character
@@ -154,7 +211,7 @@ def test_the_file_is_never_in_memory_whole(checkpoint, book, monkeypatch):
         "",
         generate.compose("generate", [f"checkpoint={checkpoint}", "prompt_file=book.txt", "piece=200"]),
     )
-    generate._read_file(command, InfiniTransformer.from_pretrained(checkpoint))
+    generate._read_file(command, InfiniTransformer.from_pretrained(checkpoint), ByteTokenizer())
     assert max(fed) == 200 and sum(fed) == len(TEXT)
 
 
@@ -168,6 +225,8 @@ def test_the_file_is_never_in_memory_whole(checkpoint, book, monkeypatch):
         (["prompt_file=book.txt", "max_new_tokens=0"], "max_new_tokens is 0; it must be at least 1"),
         (["prompt_file=book.txt", "piece=0"], "piece is 0; it must be at least 1"),
         (["prompt_file=book.txt", "stop=''"], "stop is empty"),
+        (["prompt_file=book.txt", "device=cpu", "decode=graph"], "decode is 'graph', but CUDA graphs need a CUDA device"),
+        (["prompt_file=book.txt", "decode=fast"], "decode is 'fast' but must be one of eager, graph, auto"),
         (["prompt_file=book.txt", "questions=Who?"], "questions is"),
         (["prompt_file=book.txt", "temperature=-1"], "temperature -1.0; neither may be negative"),
         (["prompt_file=book.txt", "top_p=2"], "top_p is 2.0"),

@@ -90,9 +90,33 @@ def test_the_command_line_is_lm_evals_with_our_tasks(monkeypatch, capsys):
     assert seen[0][:-1] == [*asked, "--include_path"] and Path(seen[0][-1]).samefile(FOLDER)
     assert seen[1] == [*asked, "--include_path", "mine"]
 
+    monkeypatch.setattr("sys.argv", ["evaluate", *asked, "--record"])
+    assert main() == 2 and "--record needs a folder" in capsys.readouterr().err
+
     def fail():
         raise InputError("there is no such thing")
 
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", fail)
+    monkeypatch.setattr("sys.argv", ["evaluate", *asked])
     assert main() == 2
     assert capsys.readouterr().err == "error: there is no such thing\n"
+
+
+def test_what_lm_eval_found_is_kept_with_its_provenance(monkeypatch, tmp_path, capsys, transformer):
+    from infini.evaluate.__main__ import main
+    from infini.report.record import read_record
+
+    transformer.save_pretrained(tmp_path / "model")
+    asked = ["run", "--model", "infini", "--model_args", f"pretrained={tmp_path / 'model'}", "--device", "cpu"]
+    asked += ["--tasks", "infini_passkey", "--metadata", '{"lengths": [600], "depths": [0, 1], "samples": 1, "seed": 3}']
+    monkeypatch.setattr("sys.argv", ["evaluate", *asked, "--record", str(tmp_path / "kept")])
+    assert main() == 0
+    record = read_record(tmp_path / "kept" / "record.json")
+    assert record["kind"] == "lm_eval" and record["config"]["tasks"]["infini_passkey"]["lengths"] == [600]
+    rows = {row["metric"]: row for row in record["rows"]}
+    assert rows["exact_match"]["value"] == 0.0 and rows["exact_match"]["samples"] == 2
+    assert rows["by_cell"]["value"] == {"600 at 0": 0.0, "600 at 1": 0.0}
+    assert "| infini_passkey | by_cell | 2 | 600 at 0: 0, 600 at 1: 0 |" in (tmp_path / "kept" / "record.md").read_text()
+    assert str(tmp_path / "kept" / "record.md") in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["evaluate", *asked[:2], "dummy", *asked[5:], "--record", str(tmp_path / "other")])
+    assert main() == 2 and "--record is for --model infini, not for 'dummy'" in capsys.readouterr().err

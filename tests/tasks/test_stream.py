@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from infini.tasks.stream import DocumentStream
-from infini.tasks.text_files import read_documents, read_texts
+from infini.tasks.text_files import read_texts
 
 from infini import InfiniConfig, InfiniTransformer
 from infini.cli.main import main
+from infini.data.bpe import train_bpe
+from infini.data.documents import read_documents
+from infini.data.tokenizer import open_tokenizer
 from infini.errors import InputError
 from infini.train import TrainSettings, train
 
@@ -46,7 +49,7 @@ def lanes(source, turns):
 @pytest.mark.parametrize("streams", [1, 3])
 def test_an_epoch_is_every_document_once_in_whole(folder, streams):
     source = stream(folder, streams=streams)
-    documents = [text.encode() for text in read_documents(f"{folder}/*.txt")]
+    documents = [document.text.encode() for document in read_documents(f"{folder}/*.txt")]
     length = sum(map(len, documents)) // (2 * streams)
     parts = [(text[:length], reset[:length]) for text, reset in lanes(source, -(-length // 16))]
     text, reset = np.concatenate([text for text, _ in parts]).tobytes(), np.concatenate([reset for _, reset in parts])
@@ -59,7 +62,7 @@ def test_an_epoch_is_every_document_once_in_whole(folder, streams):
 
 def test_epochs_differ_in_order_and_follow_one_another(folder):
     text, reset = lanes(stream(folder, rows=1, steps=130), 125)[0]
-    documents = [text.encode() for text in read_documents(f"{folder}/*.txt")]
+    documents = [document.text.encode() for document in read_documents(f"{folder}/*.txt")]
     size = sum(map(len, documents))
     orders = []
     for epoch in range(2):
@@ -91,23 +94,74 @@ def test_a_window_longer_than_all_texts_goes_round(folder):
 def test_short_documents_are_left_out(folder):
     text = lanes(stream(folder, shortest=109, rows=1, steps=60), 60)[0][0].tobytes()
     for i, document in enumerate(read_documents(f"{folder}/*.txt")):
-        assert (document.encode() in text) == (17 + 23 * i >= 109)
+        assert (document.text.encode() in text) == (17 + 23 * i >= 109)
 
 
 def test_documents_are_what_texts_are_joined_of(folder):
-    documents = read_documents(f"{folder}/*.txt")
+    documents = [document.text for document in read_documents(f"{folder}/*.txt")]
     assert len(documents) == 9 and read_texts(f"{folder}/*.txt") == "\n\n".join(documents)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_the_batches_of_all_ranks_are_those_of_one_process(folder, streams):
+    one = stream(folder, rows=6, streams=streams, steps=12)
+    ranks = [stream(folder, rows=2, streams=streams, steps=12, rank=rank, world_size=3) for rank in range(3)]
+    for step in range(12):
+        parts = [source[step] for source in ranks]
+        assert torch.equal(torch.cat([part.tokens for part in parts]), one[step].tokens)
+        assert torch.equal(torch.cat([part.reset for part in parts]), one[step].reset)
+        assert {part.stream for part in parts} == {step % streams}
+    assert ranks[0].digests == one.digests
+
+
+@pytest.fixture
+def learned(folder, tmp_path):
+    (tmp_path / "learned").mkdir()
+    texts = [document.text for document in read_documents(f"{folder}/*.txt")]
+    (tmp_path / "learned" / "tokenizer.json").write_bytes(train_bpe(texts, 300))
+    return str(tmp_path / "learned")
+
+
+def test_an_epoch_in_any_tokenizer_is_every_document_once(folder, learned):
+    source, tokenizer = stream(folder, rows=1, steps=80, tokenizer=learned), open_tokenizer(learned)
+    assert source[0].tokens.dtype == torch.int16 and source[0].to("cpu").tokens.dtype == torch.int64
+    documents = [document.text for document in read_documents(f"{folder}/*.txt")]
+    size = sum(len(tokenizer.encode(document)) for document in documents)
+    assert size < 0.9 * sum(map(len, documents))
+    text, reset = lanes(source, -(-size // 16))[0]
+    starts = [*reset[:size].nonzero()[0].tolist(), size]
+    read = [tokenizer.decode(text[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+    assert sorted(read) == sorted(documents) and read != documents
+
+
+def test_a_source_in_tokens_goes_to_workers_by_name(folder, learned):
+    source = stream(folder, tokenizer=learned)
+    other = pickle.loads(pickle.dumps(source))
+    assert torch.equal(source[7].tokens, other[7].tokens) and source.digests == other.digests
+    assert set(source.digests) == {"texts_sha256", "tokenizer_sha256"} and set(stream(folder).digests) == {"texts_sha256"}
+
+
+def test_documents_that_are_too_short_are_counted_in_tokens(folder, learned):
+    tokenizer = open_tokenizer(learned)
+    sizes = sorted(len(tokenizer.encode(document.text)) for document in read_documents(f"{folder}/*.txt"))
+    source = stream(folder, tokenizer=learned, shortest=sizes[4], rows=1, steps=80)
+    text, reset = lanes(source, -(-sum(sizes[4:]) // 16))[0]
+    assert reset[: sum(sizes[4:])].sum() == 5
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(rank=2, world_size=2), "rank is 2 of 2 processes; it must be 0 to 1"),
+        (dict(world_size=0), "world_size is 0; it must be at least 1"),
+        (dict(world_size=500), "981 tokens in all, for 1000 lanes"),
+        (dict(tokenizer="nowhere"), "the tokenizer is 'nowhere'"),
         (dict(rows=0), "rows is 0; it must be at least 1"),
         (dict(shortest=-1), "shortest is -1"),
         (dict(texts=()), "texts is empty; name"),
         (dict(texts=("nowhere.txt",)), "nowhere.txt does not exist"),
-        (dict(shortest=1000), "0 of 9 documents have 1000 bytes or more, 0 bytes in all, for 2 lanes"),
-        (dict(rows=1000), "981 bytes in all, for 1000 lanes"),
+        (dict(shortest=1000), "0 of 9 documents have 1000 tokens or more, 0 tokens in all, for 2 lanes"),
+        (dict(rows=1000), "981 tokens in all, for 1000 lanes"),
     ],
 )
 def test_what_cannot_be_read_is_refused(folder, changes, message):
@@ -148,6 +202,15 @@ def test_the_command_trains_on_documents(folder, tmp_path, capsys):
     assert main([*arguments, "~task.min_segments", "~task.max_segments", "~task.tokens_per_batch", f"output={tmp_path}/run"]) == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["data"]["class"] == "infini.tasks.stream.DocumentStream"
+
+
+def test_a_task_that_reads_other_tokens_than_the_model_is_refused(folder, learned, tmp_path, capsys):
+    tiny = ["train", "debug=tiny", f"output={tmp_path}/run"]
+    assert main([*tiny, f"model.tokenizer={learned}", "model.vocab_size=300"]) == 2
+    assert "but the task reads 'bytes'" in capsys.readouterr().err
+    documents = ["task=stream", f"task.texts=['{folder}/*.txt']", "~task.min_segments", "~task.max_segments", "~task.tokens_per_batch"]
+    assert main([*tiny, *documents, f"model.tokenizer={learned}"]) == 2
+    assert "has 300 entries, the model's vocabulary 256" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_the_very_text_that_it_began_with(folder, tmp_path):

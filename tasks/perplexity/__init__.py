@@ -1,0 +1,1 @@
+"""Perplexity of whole documents, read once, the state carried."""

@@ -1,0 +1,105 @@
+"""Token ids on disk: once made, opened again; never mistaken for others."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from infini.data import tokenized
+from infini.data.bpe import BPETokenizer, train_bpe
+from infini.data.tokenized import tokenize
+from infini.data.tokenizer import ByteTokenizer
+from infini.errors import InputError
+
+TEXTS = ("the white whale and the sea", "an old man,\nan old ship " * 30, "naïve")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("INFINI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_text(text)
+    return [f"{tmp_path}/*.txt"]
+
+
+def bpe(folder, text="the white whale and the sea and an old man, an old ship " * 9, size=270):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(train_bpe([text], size))
+    return BPETokenizer(folder / "tokenizer.json")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return bpe(tmp_path / "tokenizer")
+
+
+def test_documents_are_theirs_to_the_last_token(texts, tokenizer):
+    found = tokenize(texts, tokenizer)
+    assert [tokenizer.decode(found[i].tolist()) for i in range(len(found))] == list(TEXTS)
+    assert found.names == ("0.txt", "1.txt", "2.txt") and found.words == tuple(len(text.split()) for text in TEXTS)
+    assert found.bytes == tuple(len(text.encode()) for text in TEXTS) and found.tokens.dtype == np.int16
+    plain = tokenize(texts, ByteTokenizer())
+    assert [plain[i].tobytes().decode() for i in range(3)] == list(TEXTS) and plain.folder is None
+
+
+def test_the_second_time_nothing_is_encoded(texts, tokenizer, cache, monkeypatch):
+    first = tokenize(texts, tokenizer)
+    monkeypatch.setattr(type(tokenizer), "encode_bytes", None)
+    second = tokenize(texts, tokenizer)
+    assert isinstance(second.tokens, np.memmap) and second.digest() == first.digest()
+    assert (second.names, second.words, second.bytes, second.skipped) == (first.names, first.words, first.bytes, first.skipped)
+    assert len(list((cache / "tokens").iterdir())) == 1  # nothing half made is left
+
+
+def test_other_texts_or_another_tokenizer_are_encoded_anew(texts, tokenizer, tmp_path):
+    before = tokenize(texts, tokenizer)
+    other = tokenize(texts, bpe(tmp_path / "other", "quite another text, another text " * 9, 270))
+    assert other.digest() != before.digest() and other.folder != before.folder
+    (tmp_path / "0.txt").write_text(TEXTS[0][::-1])  # of the same size
+    assert tokenize(texts, tokenizer).digest() != before.digest()
+
+
+def test_a_digest_is_that_of_the_documents_that_count(texts, tokenizer, tmp_path):
+    found = tokenize(texts, tokenizer)
+    (tmp_path / "1.txt").unlink()
+    assert tokenize(texts, tokenizer).digest() == found.digest([0, 2]) != found.digest()
+
+
+def test_a_worker_opens_the_file_again(texts, tokenizer):
+    found = tokenize(texts, tokenizer)
+    sent = pickle.dumps(found)
+    assert len(sent) < 1000 < found.tokens.nbytes * 10
+    assert np.array_equal(pickle.loads(sent).tokens, found.tokens)
+    plain = tokenize(texts, ByteTokenizer())
+    assert np.array_equal(pickle.loads(pickle.dumps(plain)).tokens, plain.tokens)
+
+
+def test_a_process_that_dies_leaves_nothing_that_counts(texts, tokenizer, cache, monkeypatch):
+    read = tokenized.read_documents
+
+    def dying(*arguments):
+        yield next(iter(read(*arguments)))
+        raise MemoryError
+
+    monkeypatch.setattr(tokenized, "read_documents", dying)
+    with pytest.raises(MemoryError):
+        tokenize(texts, tokenizer)
+    assert not list((cache / "tokens").iterdir())
+
+
+def test_a_damaged_file_is_said(texts, tokenizer):
+    folder = tokenize(texts, tokenizer).folder
+    content = (folder / "tokens.npy").read_bytes()
+    (folder / "tokens.npy").write_bytes(content[:-10])
+    with pytest.raises(InputError, match="is damaged.*delete it"):
+        tokenize(texts, tokenizer)
+
+
+def test_no_texts(tokenizer):
+    with pytest.raises(InputError, match="texts is empty; name"):
+        tokenize([], tokenizer)
