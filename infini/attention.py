@@ -7,6 +7,7 @@ from infini import memory
 from infini.config import InfiniConfig
 from infini.layers.norm import RMSNorm, rms_normalize
 from infini.layers.rotary import rotate
+from infini.layers.short_conv import ShortConv
 from infini.local import local_attention
 from infini.memory import MemoryState
 from infini.segments import SegmentPlan
@@ -26,6 +27,7 @@ class InfiniAttention(nn.Module):
         write_gate `[g, D]` with bias `[g]` (with `write_gate`): w = sigmoid(W x + b).
         query_scale, query_bias `[h, d]`, key_scale, key_bias `[g, d]` (with `qk_norm`).
         read_norm `[d]` (with `deltanet`): RMSNorm of what is read.
+        short_conv `[taps, D]` (with `short_conv`): of the input, before all projections.
     """
 
     def __init__(self, config: InfiniConfig, has_memory: bool):
@@ -36,6 +38,8 @@ class InfiniAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
         self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
+        if config.short_conv:
+            self.short_conv = ShortConv(config.hidden_size, config.short_conv)
         if not has_memory:
             return
         self.beta = nn.Parameter(torch.zeros(heads))
@@ -77,7 +81,9 @@ class InfiniAttention(nn.Module):
         Returns:
             The layer's output `[batch, tokens, D]` and its new state.
         """
-        dim = self.config.head_dim
+        dim, inputs = self.config.head_dim, None
+        if self.config.short_conv:
+            x, inputs = self.short_conv(x, None if state is None else state.inputs, plan)
         q, k, v = (proj(x).unflatten(-1, (-1, dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         strength = None
         if self.has_memory and self.config.write_gate:
@@ -104,7 +110,7 @@ class InfiniAttention(nn.Module):
                     receiver.append(None)
 
         kept_strength = None if strength is None else plan.recent(strength)
-        return self.o_proj(mixed.flatten(2)), LayerState(plan.recent(k), plan.recent(v), kept_strength, new_memory)
+        return self.o_proj(mixed.flatten(2)), LayerState(plan.recent(k), plan.recent(v), kept_strength, new_memory, inputs)
 
     def remember(
         self,

@@ -101,6 +101,8 @@ class InfiniConfig(ModelConfig):
     """`segment`: nothing is seen across a segment border (the paper). `sliding`: each token sees the last `window` tokens."""
     window: int | None = None
     """Tokens that sliding attention sees, itself included; None: segment_length."""
+    short_conv: int = 0
+    """Tokens back that a causal convolution of each attention layer's input reaches, over segment borders too; 0: none, the paper."""
     gate_when_empty: bool = False
     """The paper read literally: an empty memory reads 0 and is mixed in. False: local attention is left whole."""
 
@@ -146,6 +148,7 @@ class InfiniConfig(ModelConfig):
         self._require(
             "local_attention", self.local_attention in LOCAL_ATTENTIONS, f"one of {', '.join(LOCAL_ATTENTIONS)}"
         )
+        self._require("short_conv", self.short_conv >= 0, "0 or more tokens")
         if self.local_attention == "sliding" and self.window is None:
             self._set("window", self.segment_length)
         if self.local_attention == "segment":

@@ -47,7 +47,6 @@ class InfiniTransformer(Decoder):
         config: every choice.
         attention: backend of local attention: `auto`, `flash`, `sdpa` or `eager`; a property of the machine, not of the model.
         memory_backend: of the memory: `auto`, `triton` or `torch`, see `infini.kernels.choice`; a property of the machine too.
-            `torch` until the kernels, which are tested in Triton's interpreter, have been proven and timed on a GPU.
 
     Example:
         >>> model = InfiniTransformer(InfiniConfig(hidden_size=32, num_hidden_layers=2, segment_length=4))
@@ -176,7 +175,8 @@ class InfiniTransformer(Decoder):
                 strength = torch.zeros(recent, dtype=torch.promote_types(torch.float32, like.dtype), device=device)
             keys = like.new_zeros(*recent, config.head_dim)
             memory = empty_memory(config, batch_size, like) if has_memory else None
-            layers.append(LayerState(keys, torch.zeros_like(keys), strength, memory))
+            inputs = like.new_zeros(batch_size, config.short_conv, config.hidden_size) if config.short_conv else None
+            layers.append(LayerState(keys, torch.zeros_like(keys), strength, memory, inputs))
         counters = (torch.zeros(batch_size, dtype=torch.long), torch.zeros(batch_size, dtype=torch.long))
         return InfiniState(tuple(layers), *counters, torch.ones(batch_size, dtype=torch.bool), self.state_shape)
 
@@ -184,7 +184,8 @@ class InfiniTransformer(Decoder):
         """Bytes of the state after `tokens` tokens: the same for any number of them.
 
         Per memory layer g (k v + k) fp32 numbers (k features, v = head width; no `+ k` for `deltanet`); per layer
-        2 g v (span - 1) numbers of recent keys and values, and g (span - 1) fp32 write strengths; 17 bytes of counters.
+        2 g v (span - 1) numbers of recent keys and values, D short_conv of recent inputs, and g (span - 1) fp32 write
+        strengths; 17 bytes of counters.
         """
         config = self.config
         groups, width, recent = config.num_key_value_heads, config.head_dim, config.span - 1
@@ -194,7 +195,8 @@ class InfiniTransformer(Decoder):
         memory = full * groups * features * (width + (config.update_rule != "deltanet"))
         strength = full * groups * recent * config.write_gate
         layers, with_memory = config.num_hidden_layers, sum(config.has_memory)
-        return batch_size * (layers * 2 * number * groups * width * recent + with_memory * (memory + strength) + 17)
+        text = number * (2 * groups * width * recent + config.hidden_size * config.short_conv)
+        return batch_size * (layers * text + with_memory * (memory + strength) + 17)
 
     @property
     def state_shape(self) -> str:
@@ -211,6 +213,8 @@ class InfiniTransformer(Decoder):
             "update_rule": config.update_rule,
             "write_gate": config.write_gate,
         }
+        if config.short_conv:  # named where there is one, so that states saved before there were any go on
+            shape["short_conv"] = [config.short_conv, config.hidden_size]
         return json.dumps(shape)
 
     def _check_state(self, state: InfiniState, tokens: Tensor) -> None:

@@ -53,6 +53,8 @@ class SegmentPlan:
         self.tokens, self.segment_length, self.span, self.sliding = tokens, segment_length, span, sliding
         self.history, self.device, self.batch = history, device, len(open_length)
         self.uniform = lengths is None and reset is None and _all_equal(open_length) and _all_equal(tokens_seen)
+        # Place of each new token in its document `[batch, tokens]`; None where no document begins inside the call.
+        self.in_document: Tensor | None = None
         if self.uniform:
             self._plan_uniform(int(open_length[0]), int(tokens_seen[0]), empty)
         else:
@@ -89,6 +91,8 @@ class SegmentPlan:
         # The latest document start at or before each token; -1 while the document of the state goes on.
         begun = torch.where(reset, place, -1).cummax(dim=1).values
         in_document = torch.where(begun < 0, tokens_seen[:, None] + place, place - begun)
+        if bool(reset.any()):
+            self.in_document = in_document.to(self.device)
         in_segments = torch.where(begun < 0, open_length[:, None] + place, in_document)
         slot = in_segments % n
         # A segment begins at slot 0, or where a document interrupts an open one (a reset is always at slot 0).
@@ -129,6 +133,7 @@ class SegmentPlan:
         kept = self.span - 1
         self._missing = kept - h
         self._recent = (lengths[:, None] + torch.arange(kept)).to(self.device)
+        self._lengths = lengths
 
     def _follow(self, full: Tensor, fresh: Tensor | None, empty: Tensor) -> None:
         """Follow each row's memory through the segments: which are written, and before which it holds something."""
@@ -188,6 +193,18 @@ class SegmentPlan:
             return _pad_tokens(line, kept - line.shape[1], 0)
         line = _pad_tokens(line, self._missing, 0)
         return line.gather(1, _widen(self._recent, line))
+
+
+    def latest(self, line: Tensor, count: int) -> Tensor:
+        """The last `count` real entries of `[batch, count + tokens, ...]`, zeros for those of an earlier document."""
+        if self.uniform:
+            return line[:, line.shape[1] - count :]
+        places = torch.arange(count)
+        kept = line.gather(1, _widen((self._lengths[:, None] + places).to(self.device), line))
+        if self.in_document is None:
+            return kept
+        same = (count - 1 - places < self.tokens_seen[:, None]).to(self.device)
+        return kept * same.reshape(*same.shape, *[1] * (line.dim() - 2))
 
 
 def _all_equal(counts: Tensor) -> bool:

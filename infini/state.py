@@ -143,23 +143,25 @@ class LayerState(LayerTensors):
 
     `keys` and `values` `[batch, span - 1, kv_heads, head_dim]` are the last tokens' before rotary positions, the newest at the
     end; the open segment is among them. `write_strength` `[batch, span - 1, kv_heads]` belongs to them (None without a write
-    gate). `memory` is None in a layer without one.
+    gate). `memory` is None in a layer without one. `inputs` `[batch, short_conv, hidden_size]` are the last of the short convolution
+    (None without), zeros before the document's start.
     """
 
     keys: Tensor
     values: Tensor
     write_strength: Tensor | None
     memory: MemoryState | None
+    inputs: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "LayerState":
         """A new state with `change` applied to every tensor."""
         memory = self.memory and MemoryState(*(x if x is None else change(x) for x in self.memory))
-        strength = None if self.write_strength is None else change(self.write_strength)
-        return LayerState(change(self.keys), change(self.values), strength, memory)
+        strength, inputs = (None if x is None else change(x) for x in (self.write_strength, self.inputs))
+        return LayerState(change(self.keys), change(self.values), strength, memory, inputs)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, absent ones left out."""
-        named = {"keys": self.keys, "values": self.values, "write_strength": self.write_strength}
+        named = {"keys": self.keys, "values": self.values, "write_strength": self.write_strength, "inputs": self.inputs}
         if self.memory is not None:
             named |= self.memory._asdict()
         return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -168,7 +170,7 @@ class LayerState(LayerTensors):
     def from_tensors(cls, named: dict[str, Tensor]) -> "LayerState":
         """The inverse of `tensors`."""
         memory = MemoryState(named["matrix"], named.get("normalizer")) if "matrix" in named else None
-        return cls(named["keys"], named["values"], named.get("write_strength"), memory)
+        return cls(named["keys"], named["values"], named.get("write_strength"), memory, named.get("inputs"))
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,7 @@ class _OneToken(SegmentPlan):
         self.sliding = config.local_attention == "sliding"
         self.history, self.device, self.batch = config.span - 1, open_length.device, len(open_length)
         self.uniform, self.any_written, self.written, self.fresh = False, False, None, None
+        self.in_document = None
         # Whether there is a memory is asked on the device, row by row.
         self.any_memory, self.has_memory = True, has_memory.unsqueeze(1)
         place = tokens_seen if self.sliding else open_length
@@ -240,6 +241,9 @@ class _OneToken(SegmentPlan):
     def recent(self, line: Tensor) -> Tensor:
         grows = self._active.reshape(-1, *[1] * (line.dim() - 1))
         return torch.where(grows, line[:, 1:], line[:, :-1])
+
+    def latest(self, line: Tensor, count: int) -> Tensor:
+        return self.recent(line)
 
 
 def _places(model: InfiniTransformer) -> list[int]:
@@ -252,6 +256,8 @@ def _copy(own: LayerState, new: LayerState) -> None:
     own.values.copy_(new.values)
     if own.write_strength is not None:
         own.write_strength.copy_(new.write_strength)
+    if own.inputs is not None:
+        own.inputs.copy_(new.inputs)
 
 
 def _to_send(counts: Tensor, device: torch.device) -> Tensor:

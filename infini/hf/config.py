@@ -47,6 +47,7 @@ class InfiniHFConfig(PreTrainedConfig):
     memory_layers: list[int] | None = None
     local_attention: str = "segment"
     window: int | None = None
+    short_conv: int = 0
     gate_when_empty: bool = False
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from infini.cli import bench, bench_decode, generate, measure, passkey, peak, tokenizer, train
+from infini.cli import bench, bench_decode, generate, measure, passkey, peak, summarize, tokenizer, train
 from infini.cli.build import fill
 from infini.cli.compose import compose
 from infini.config import InfiniConfig
@@ -22,9 +23,15 @@ def options(group):
 
 # What a file leaves to the command line: any text will do.
 NEEDS = {"experiment=passkey_mixed_12m": [f"task.haystacks=[{__file__}]"], "task=stream": [f"task.texts=[{__file__}]"]}
+PAIRS = Path(tempfile.mkdtemp()) / "pairs.jsonl"
+PAIRS.write_text(json.dumps({"id": "a", "text": "It was a long day. " * 99, "summary": "A day."}))
+BYTES = ["model.tokenizer=bytes", "model.vocab_size=256"]
+NEEDS["task=booksum"] = [f"task.pairs=[{PAIRS}]"]
+NEEDS |= {f"experiment=booksum_{step}": [*NEEDS["task=booksum"], *BYTES] for step in ("questions", "summaries")}
+NEEDS |= {f"experiment=booksum_{step}": [*NEEDS["task=stream"], *BYTES] for step in ("lm", "long")}
 NEEDS["model=full_row"] = ["task=stream", *NEEDS["task=stream"]]  # as long as the rows of documents
 
-MEASURES = {"capacity": [], "drift": [], "perplexity": ["texts=[x]"]}
+MEASURES = {"capacity": [], "drift": [], "perplexity": ["texts=[x]"], "booksum": ["pairs=[x]"]}
 TRAIN = [
     [f"{group}={option}", *NEEDS.get(f"{group}={option}", ()), "output=x"] for group in ("model", "task") for option in options(group)
 ]
@@ -56,6 +63,7 @@ def settled(row):
         ("write_gate", "qk_norm", {"write_gate"}),
         ("sliding", "write_gate", {"local_attention", "window"}),
         ("long_gap", "sliding", {"gap_share", "gap_growth", "max_gap_segments"}),
+        ("short_conv", "sliding", {"short_conv"}),
         ("gamma_delta", "sliding", {"update_rule"}),
         ("deltanet", "sliding", {"update_rule", "qk_norm", "feature_map"}),
     ],
@@ -102,7 +110,7 @@ def test_bench_decode_and_peak_compose_and_build():
 
 
 def test_no_yaml_is_outside_the_tests_above():
-    tested = {f"{name}.yaml" for name in ("passkey", "train", "generate", "bench", "tokenizer", *MEASURES)}
+    tested = {f"{name}.yaml" for name in ("passkey", "train", "generate", "summarize", "bench", "bench_decode", "peak", "tokenizer", *MEASURES)}
     tested |= {"task/base/rows.yaml"}  # composed into every task of rows
     tested |= {str(path.relative_to(CONF)) for group in ("sweep", "hydra") for path in (CONF / group).rglob("*.yaml")}  # in test_sweep_conf
     for group in ("model", "task", "experiment", "debug", "grid"):
@@ -128,6 +136,9 @@ def test_every_setting_can_be_overridden_without_a_plus():
     config = compose("generate", [f"prompt_file={__file__}"])
     assert {field.name for field in dataclasses.fields(generate.Command)} == config.keys()
     fill(generate.Command, "", config)
+    config = compose("summarize", [f"input={__file__}"])
+    assert {field.name for field in dataclasses.fields(summarize.Command)} == config.keys()
+    fill(summarize.Command, "", config)
 
 
 def test_accumulation_lengthens_the_data_not_the_run():

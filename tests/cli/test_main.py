@@ -65,7 +65,8 @@ def test_help_of_each_command_needs_no_torch(command, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     keys = {"passkey": "haystack", "generate": "prompt_file", "train": "learning_rate", "report": "PATH"}
-    keys |= {"capacity": "distances", "drift": "probe", "bench": "repeats", "perplexity": "knockout", "tokenizer": "vocab_size"}
+    keys |= {"capacity": "distances", "drift": "probe", "bench": "repeats", "perplexity": "knockout", "tokenizer": "vocab_size", "peak": "warm_up"}
+    keys |= {"booksum": "wrong_books", "summarize": "session"}
     assert keys[command] in result.stdout
     assert not list(tmp_path.iterdir())
 
@@ -106,7 +107,7 @@ def test_passkey_writes_record_table_and_picture(checkpoint, tmp_path, monkeypat
     [
         (["bench", "device=cpu"], "device is 'cpu', which is cpu here: the kernels are timed on a CUDA GPU only"),
         (["bench", "repeats=0"], "repeats is 0; it must be at least 1"),
-        (["pass"], "there is no command 'pass': use one of passkey, perplexity, generate, capacity, drift, peak, bench, tokenizer, train, report"),
+        (["pass"], "there is no command 'pass': use one of passkey, perplexity, generate, booksum, summarize, capacity, drift, peak, bench, tokenizer, train, report"),
         (["passkey", "checkpoint=nowhere"], "there is no checkpoint folder 'nowhere'"),
         (["passkey", "depths=[1.5]"], "depth is 1.5"),
         (["passkey", "device=tpu"], "device is 'tpu': use auto, cpu, cuda or cuda:N"),

@@ -37,7 +37,11 @@ def infini(**changes):
     torch.manual_seed(0)
     shape |= {"num_key_value_heads": 2, "segment_length": 6, "initializer_range": 0.4, "tie_word_embeddings": False}
     config = InfiniConfig(**shape | changes)
-    return Subject(InfiniTransformer(config).double().eval())
+    model = InfiniTransformer(config).double().eval()
+    for name, parameter in model.named_parameters():
+        if "short_conv" in name:  # zeros at the start, which would show nothing
+            torch.nn.init.normal_(parameter, std=0.5)
+    return Subject(model)
 
 
 def baseline(model_class, reach=None, bounded=True, **changes):
@@ -74,6 +78,8 @@ SUBJECTS = {
     "delta-dpfp": lambda: infini(update_rule="delta", feature_map="dpfp", write_gate=True, qk_norm=True),
     "deltanet-sliding": lambda: infini(update_rule="deltanet", write_gate=True, local_attention="sliding", window=8),
     "long": lambda: infini(qk_norm=True, write_gate=True, local_attention="sliding", window=8),
+    "conv": lambda: infini(short_conv=4, write_gate=True),
+    "long-conv": lambda: infini(short_conv=9, qk_norm=True, write_gate=True, local_attention="sliding", window=8),
     "one-memory-layer": lambda: infini(memory_layers=(0,), num_key_value_heads=1),
     "hf-llama": hugging_face_llama,
     "xl": lambda: baseline(TransformerXL, memory_length=9),

@@ -1,5 +1,6 @@
 """The YAML tasks, end to end through lm-eval, with no network."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -107,9 +108,19 @@ def test_what_lm_eval_found_is_kept_with_its_provenance(monkeypatch, tmp_path, c
     from infini.report.record import read_record
 
     transformer.save_pretrained(tmp_path / "model")
-    asked = ["run", "--model", "infini", "--model_args", f"pretrained={tmp_path / 'model'}", "--device", "cpu"]
-    asked += ["--tasks", "infini_passkey", "--metadata", '{"lengths": [600], "depths": [0, 1], "samples": 1, "seed": 3}']
-    monkeypatch.setattr("sys.argv", ["evaluate", *asked, "--record", str(tmp_path / "kept")])
+    model = "infini"
+
+    def command_line():  # lm-eval's own, but for the search through all of its tasks and its look at the machine
+        arguments = {"model_args": f"pretrained={tmp_path / 'model'}", "device": "cpu"}
+        metadata = {"lengths": [600], "depths": [0, 1], "samples": 1, "seed": 3}
+        manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
+        found = lm_eval.simple_evaluate("infini", tasks=["infini_passkey"], task_manager=manager, bootstrap_iters=0, log_samples=False, **arguments)
+        found["config"]["model"] = model
+        assert sys.argv[-2] == "--output_path"
+        Path(sys.argv[-1], "results_now.json").write_text(json.dumps(found, default=str))
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", command_line)
+    monkeypatch.setattr("sys.argv", ["evaluate", "run", "--record", str(tmp_path / "kept")])
     assert main() == 0
     record = read_record(tmp_path / "kept" / "record.json")
     assert record["kind"] == "lm_eval" and record["config"]["tasks"]["infini_passkey"]["lengths"] == [600]
@@ -118,5 +129,10 @@ def test_what_lm_eval_found_is_kept_with_its_provenance(monkeypatch, tmp_path, c
     assert rows["by_cell"]["value"] == {"600 at 0": 0.0, "600 at 1": 0.0}
     assert "| infini_passkey | by_cell | 2 | 600 at 0: 0, 600 at 1: 0 |" in (tmp_path / "kept" / "record.md").read_text()
     assert str(tmp_path / "kept" / "record.md") in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["evaluate", *asked[:2], "dummy", *asked[5:], "--record", str(tmp_path / "other")])
+    model = "dummy"
+    monkeypatch.setattr("sys.argv", ["evaluate", "run", "--record", str(tmp_path / "other")])
     assert main() == 2 and "--record is for --model infini, not for 'dummy'" in capsys.readouterr().err
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: None)
+    monkeypatch.setattr("sys.argv", ["evaluate", "run", "--record", str(tmp_path / "other")])
+    assert main() == 2 and "lm-eval left no results to keep" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

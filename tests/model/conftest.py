@@ -32,6 +32,8 @@ VARIANTS = {
     "dpfp-delta-gated": {"update_rule": "delta", "feature_map": "dpfp", "write_gate": True, "qk_norm": True, "head_dim": 6},
     "one-memory-layer": {"update_rule": "linear", "memory_layers": (1,), "num_key_value_heads": 1, "tie_word_embeddings": False},
     "literal-empty": {"update_rule": "delta", "gate_when_empty": True},
+    "conv": {"update_rule": "linear", "short_conv": 3},
+    "long-conv": {"update_rule": "linear", "qk_norm": True, "write_gate": True, "short_conv": 6, **SLIDING},
     "segment-of-one": {"update_rule": "delta", "segment_length": 1},
 }
 
@@ -42,7 +44,7 @@ def build(name, **changes):
     model = InfiniTransformer(InfiniConfig(**SMALL | VARIANTS[name] | changes), attention="eager").double()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or "scale" in parameter_name or "bias" in parameter_name:
+            if "short_conv" in parameter_name or parameter.dim() == 1 or "scale" in parameter_name or "bias" in parameter_name:
                 parameter.add_(0.5 * torch.randn_like(parameter))
         if model.config.feature_map == "dpfp":
             # Two entries that are always positive: else sparse features may share nothing, and the oracle reads 0/0.
@@ -79,6 +81,11 @@ def attend(layer, config, has_memory, x, start, seen, empty, silenced):
     """One attention layer over the tokens `x` of one document, after `start`."""
     n, d, sliding = config.segment_length, config.head_dim, config.local_attention == "sliding"
     heads, groups, kept = config.num_attention_heads, config.num_key_value_heads, config.span - 1
+    taps = config.short_conv
+    line = torch.cat([start["inputs"], x])  # zeros where the document has no such token
+    if taps:
+        back = layer.short_conv.weight
+        x = torch.stack([line[taps + t] + sum(back[i - 1] * line[taps + t - i] for i in range(1, taps + 1)) for t in range(len(x))])
     q, k, v = ((x @ p.weight.T).reshape(len(x), -1, d) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     strength = torch.ones(len(x), groups, dtype=x.dtype)
     if has_memory and config.write_gate:
@@ -132,7 +139,7 @@ def attend(layer, config, has_memory, x, start, seen, empty, silenced):
         line = line[max(0, len(line) - kept) :]
         return torch.cat([line.new_zeros(kept - len(line), *line.shape[1:]), line])
 
-    state = {"keys": recent(k), "values": recent(v), "strength": recent(strength)}
+    state = {"keys": recent(k), "values": recent(v), "strength": recent(strength), "inputs": line[len(line) - taps :]}
     return mixed @ layer.o_proj.weight.T, state | {name: torch.stack(found) for name, found in after.items()}
 
 
@@ -168,6 +175,7 @@ def nothing(config):
         return torch.zeros(*shape, dtype=torch.float64)
 
     layer = {"keys": zeros(kept, groups, d), "values": zeros(kept, groups, d), "strength": zeros(kept, groups)}
+    layer |= {"inputs": zeros(config.short_conv, config.hidden_size)}
     layer |= {"M": zeros(groups, features, d), "z": zeros(groups, features)}
     return [layer] * config.num_hidden_layers
 

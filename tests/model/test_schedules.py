@@ -34,6 +34,7 @@ def named(state):
     return [
         {"keys": s.keys, "values": s.values}
         | ({} if s.write_strength is None else {"strength": s.write_strength})
+        | ({} if s.inputs is None else {"inputs": s.inputs})
         | ({} if s.memory is None else {"M": s.memory.matrix})
         | ({} if s.memory is None or s.memory.normalizer is None else {"z": s.memory.normalizer})
         for s in state.layers
@@ -90,7 +91,7 @@ def test_from_a_state_equals_the_oracle(model, oracle, schedule, seen):
     config = model.config
     # What a layer does not carry: full strength of its recent tokens, no memory.
     none = {"strength": torch.ones(config.span - 1, config.num_key_value_heads, dtype=torch.float64)}
-    none |= {name: torch.zeros(config.num_key_value_heads, 1) for name in "Mz"}
+    none |= {name: torch.zeros(config.num_key_value_heads, 1) for name in "Mz"} | {"inputs": torch.zeros(0, config.hidden_size)}
     expected, expected_layers = oracle(
         model, tokens[0, seen:], [none | {name: x[0] for name, x in layer.items()} for layer in start], seen
     )

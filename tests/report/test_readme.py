@@ -51,6 +51,13 @@ def test_peak_memory_does_not_grow():
     assert len(peaks) == 1 and "the same to the byte" in README
 
 
+def test_the_long_prompt_is_its_record():
+    short, long = [row for row in read("results/long_prompt/record.json")["rows"] if row["way"] == "generate"]
+    growth = (long["peak_memory_bytes"] - short["peak_memory_bytes"]) / (long["length"] - short["length"])
+    assert long["exact"] and long["length"] == 2**20
+    assert f"in {long['seconds']:.1f} seconds at {growth:.0f} bytes a token" in README
+
+
 def test_drift_is_its_record():
     rows = read("results/drift/record.json")["rows"]
     (last,) = [row for row in rows if row["tokens"] == 10_485_760]

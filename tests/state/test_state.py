@@ -152,7 +152,7 @@ def test_a_failed_save_keeps_the_old_file(state, tmp_path, monkeypatch):
 def test_a_state_of_another_model_batch_or_dtype_is_refused():
     model, tokens = make(), torch.randint(20, (2, 4))
     _, state = model(torch.randint(20, (2, 16)))
-    for other in (make(segment_length=7), make("grouped-delta"), make(window=10), make(num_hidden_layers=1)):
+    for other in (make(segment_length=7), make("grouped-delta"), make(window=10), make(num_hidden_layers=1), make(short_conv=2)):
         with pytest.raises(InputError, match="the state belongs to another model"):
             other(tokens, state)
     with pytest.raises(InputError, match=r"the state has 2 rows, tokens have 3; use state\.select"):
