@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def run(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Verify, time, and write `output`/record.json.
+    """Verify, time, and write `output`/record.json, after every row.
 
     Args:
         output: a folder; made if it is missing.
@@ -78,13 +79,14 @@ def run(
         verify(model, plain)
         configs[size] = model.config.to_dict() | {"parameters": sum(p.numel() for p in model.parameters())}
         timing = {"paths": paths, "tokens": tokens, "repeats": repeats}
-        for found in (infini_rows(model, contexts, piece, **timing), plain_rows(plain, plain_contexts, **timing)):
-            rows += map(_printed, ({"size": size} | row for row in found))
+        config = {"sizes": configs, "contexts": list(contexts), "plain_contexts": list(plain_contexts), "paths": list(paths)}
+        config |= {"tokens": tokens, "repeats": repeats, "piece": piece, "device": str(device), "dtype": str(dtype)}
+        for row in chain(infini_rows(model, contexts, piece, **timing), plain_rows(plain, plain_contexts, **timing)):
+            rows.append(_printed({"size": size} | row))
+            # After every row, so that one which is stopped loses nothing.
+            record = make_record("decode", config=config, data={}, seeds={"weights": seed}, started=started, rows=rows)
+            write_record(record, output / "record.json")
         del model, plain
-    config = {"sizes": configs, "contexts": list(contexts), "plain_contexts": list(plain_contexts), "paths": list(paths)}
-    config |= {"tokens": tokens, "repeats": repeats, "piece": piece, "device": str(device), "dtype": str(dtype)}
-    record = make_record("decode", config=config, data={}, seeds={"weights": seed}, started=started, rows=rows)
-    write_record(record, output / "record.json")
     return rows
 
 

@@ -56,6 +56,9 @@ def run(arguments: list[str]) -> None:
 
     options = {name: getattr(command, name) for name in ("sizes", "contexts", "plain_contexts", "paths", "tokens", "repeats", "piece", "seed")}
     output = Path(command.output)
-    time_decoding(output, device=choose_device(command.device), dtype=getattr(torch, command.dtype), **options)
     record = output / "record.json"
+    try:
+        time_decoding(output, device=choose_device(command.device), dtype=getattr(torch, command.dtype), **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the rows so far are in {record}: `infini report {record}` makes their table") from None
     print("\n".join(map(str, [record, *render(record)])))

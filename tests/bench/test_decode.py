@@ -94,3 +94,15 @@ def test_on_a_gpu_with_graphs(tmp_path):
     rows = time_tiny(tmp_path, paths=["eager", "graph"], device="cuda", dtype=torch.bfloat16, tokens=40)
     assert [(row["model"], row["path"]) for row in rows] == [(m, p) for m in ("infini", "plain") for p in ("eager", "graph")]
     assert all(row["peak_memory_bytes"] > 0 for row in rows)
+
+
+def test_what_is_stopped_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(decode, "plain_rows", stopped)
+    arguments = ["device=cpu", "dtype=float32", "paths=[eager]", "sizes=[1b]", "contexts=[40,90]", "plain_contexts=[40]"]
+    assert cli.main(["bench", "decode", *arguments, "tokens=3", "repeats=1", "piece=16", f"output={tmp_path}"]) == 130
+    assert [row["context"] for row in read_record(tmp_path / "record.json")["rows"]] == [40, 90]
+    assert f"infini report {tmp_path / 'record.json'}" in capsys.readouterr().err
