@@ -88,7 +88,7 @@ def test_side_by_side_is_a_job_a_gpu(monkeypatch):
     assert hydra_of("hydra/launcher=parallel", "hydra.launcher.n_jobs=16", "output=x").launcher.n_jobs == 16
 
 
-@pytest.mark.skipif(importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None, reason="needs submitit")
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs submitit")
 def test_slurm_is_configuration():
     launcher = hydra_of("hydra/launcher=slurm", "hydra.launcher.partition=gpu", "output=x").launcher
     assert (launcher.gpus_per_node, launcher.partition) == (1, "gpu") and launcher._target_.endswith("SlurmLauncher")
