@@ -71,6 +71,12 @@ def run(arguments: list[str]) -> None:
     command = fill(Command, "", compose("generate", arguments))
     logging.basicConfig(format="%(message)s")
     logging.getLogger("infini").setLevel(logging.INFO)
+    session, tokenizer = read(command)
+    answer(command, session, tokenizer)
+
+
+def read(command: Command):
+    """A session of the command's model that has read its file, and the model's tokenizer."""
     import torch
 
     from infini import checkpoint
@@ -83,16 +89,20 @@ def run(arguments: list[str]) -> None:
     model = model_class(str(checkpoint.model_type(folder))).from_pretrained(folder, device, dtype)
     tokenizer = load_tokenizer(model.config)
     wants_capture(command.decode, model)  # what cannot be had is said before a book is read
-    session = _read_file(command, model, tokenizer)
-    read = session.state
+    return _read_file(command, model, tokenizer), tokenizer
+
+
+def answer(command: Command, session, tokenizer, show: bool = True) -> None:
+    """Prints the answer to each question, with the question before it unless `show` is False."""
+    text = session.state
     for question in command.questions or (None,):
         if question is not None:
             # The state is a value: every question goes on from the same one.
-            session.restart(read)
+            session.restart(text)
             session.feed(tokenizer.encode("\n" + question))
-            print(question, end="", flush=True)
-        for text in _answer(command, session, tokenizer):
-            print(text, end="", flush=True)
+            print(question if show else "", end="", flush=True)
+        for part in _answer(command, session, tokenizer):
+            print(part, end="", flush=True)
         print()
 
 

@@ -12,6 +12,8 @@ COMMANDS = {  # name -> what it does; infini.cli.NAME.run(arguments) is imported
     "passkey": "look for a pass key hidden in long texts, with any checkpoint",
     "perplexity": "how well a model predicts whole documents, by position, with and without its memory",
     "generate": "read a file of any size, then answer questions about it",
+    "booksum": "what a model knows of whole books: summaries, wrong books, cloze questions",
+    "summarize": "read a book of any size and print a summary",
     "capacity": "how many facts a memory holds, and how long",
     "drift": "the error of an fp32 memory after a long stream",
     "peak": "peak memory of a long prompt, through generate() and a session",

@@ -56,8 +56,8 @@ def _is_sweep(arguments: Sequence[str]) -> bool:
 
 def read(config: dict) -> tuple:
     """From a composed conf/train.yaml: the model's configuration, the training data, the settings."""
-    for key in config.keys() - {"model", "task", "train", "seed", "output"}:
-        raise InputError(f"nothing reads {key}; there are model, task, train, seed and output")
+    for key in config.keys() - {"model", "task", "train", "seed", "output", "weights"}:
+        raise InputError(f"nothing reads {key}; there are model, task, train, seed, weights and output")
     return tuple(build(part, config[part]) for part in ("model", "task", "train"))
 
 
@@ -74,6 +74,31 @@ def require_tokenizer(model_config: ModelConfig, source: Any) -> None:
             "task=stream reads what the model does, tasks of passkeys and recall read bytes"
         )
     load_tokenizer(model_config)
+
+
+def begin_with(model: Any, name_or_folder: str) -> dict:
+    """Put the weights of a checkpoint into a new model; only the length of segments and the attention window may differ.
+
+    Returns:
+        What a record says of where a run began: the weights' checksum, and how far their own training reached.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is of another model or tokenizer.
+    """
+    from infini import checkpoint
+    from infini.report.fingerprint import fingerprint
+    from infini.train.reach import read_reach
+
+    folder = checkpoint.resolve(name_or_folder)
+    other = type(model).from_pretrained(folder)
+    mine, theirs = model.config.to_dict(), other.config.to_dict()
+    for key in sorted(mine.keys() - {"tokenizer", "segment_length", "window"}):
+        if mine[key] != theirs[key]:
+            raise InputError(f"model.{key} is {mine[key]!r}, but the weights in {folder} are of a model with {theirs[key]!r}: make them equal")
+    if load_tokenizer(model.config).fingerprint != load_tokenizer(other.config).fingerprint:
+        raise InputError(f"model.tokenizer is {mine['tokenizer']!r}, but the weights in {folder} know another: use {theirs['tokenizer']!r}")
+    model.load_state_dict(other.state_dict())
+    return {"weights_sha256": fingerprint(other), **(read_reach(folder) or {})}
 
 
 @hydra.main(version_base="1.3", config_path=f"pkg://{MODULE}", config_name="train")
@@ -96,5 +121,6 @@ def _train(config: dict, output: Path, overrides: Sequence[str] = ()) -> None:
 
     torch.manual_seed(settings.seed)  # the first weights
     model = locate(config["model"]["_model_"])(model_config)
-    train(model, source, settings, output, overrides=overrides)
+    origin = begin_with(model, config["weights"]) if config["weights"] else None
+    train(model, source, settings, output, overrides=overrides, origin=origin)
     logger.info("finished: %s", output / "record.json")

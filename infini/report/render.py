@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from infini.errors import InputError
+from infini.report.booksum import booksum_table
+from infini.report.booksum_page import booksum_page
+from infini.report.booksum_plots import booksum_curves
 from infini.report.generation_tables import decode_table, lm_eval_table, peak_table
 from infini.report.plots import capacity_curves, drift_curves, passkey_heat_map, perplexity_curves, roofline
 from infini.report.record import read_record, write_atomically
@@ -18,13 +21,14 @@ from infini.report.tables import (
 
 TABLES = {"passkey": passkey_table, "train": train_table, "capacity": capacity_table, "drift": drift_table, "bench": bench_table}
 TABLES |= {"perplexity": perplexity_table, "tokenizer": tokenizer_table}
-TABLES |= {"decode": decode_table, "peak": peak_table, "lm_eval": lm_eval_table}
+TABLES |= {"decode": decode_table, "peak": peak_table, "lm_eval": lm_eval_table, "booksum": booksum_table}
 PICTURES = {"passkey": passkey_heat_map, "capacity": capacity_curves, "drift": drift_curves, "perplexity": perplexity_curves}
-PICTURES |= {"bench": roofline}
+PICTURES |= {"bench": roofline, "booksum": booksum_curves}
+PAGES = {"booksum": booksum_page}
 
 
 def render(path: Path) -> list[Path]:
-    """Writes NAME.md, and NAME.png where there is a picture, beside the record NAME.json.
+    """Writes NAME.md, and NAME.png and NAME.html where there is a picture and a page, beside the record NAME.json.
 
     Returns:
         The files written, the table first.
@@ -41,6 +45,8 @@ def render(path: Path) -> list[Path]:
         contents = {".md": TABLES[kind](record).encode()}
         if kind in PICTURES:
             contents[".png"] = PICTURES[kind](record)
+        if kind in PAGES:
+            contents[".html"] = PAGES[kind](record).encode()
     except KeyError as error:
         raise InputError(f"{path} lacks the field {error.args[0]!r}: run the command that made it again") from error
     for suffix, content in contents.items():

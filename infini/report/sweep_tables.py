@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infini.errors import InputError
+from infini.report.booksum_sweep import books_table
 from infini.report.intervals import mean_interval, wilson_interval
 from infini.report.perplexity import summary
 from infini.report.pooled import capacity_cells, compare, measured, passkey_cells
@@ -29,7 +30,8 @@ def sweep_tables(sweep: Sweep, against: str | None = None) -> str:
     """
     parts = ["# Sweep", training_table(sweep), rates_table(sweep), problems_list(sweep)]
     for evaluation in sweep.evaluations():
-        for kind, table in (("passkey", passkey_table), ("perplexity", perplexity_table), ("capacity", capacity_table)):
+        tables = {"passkey": passkey_table, "perplexity": perplexity_table, "capacity": capacity_table, "booksum": books_table}
+        for kind, table in tables.items():
             if any(True for setting in sweep.best() for _ in measured(setting, evaluation, kind)):
                 more = {"against": against} if kind == "perplexity" else {}
                 parts += [f"## {evaluation}", table(sweep, evaluation, **more)]

@@ -7,10 +7,11 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,13 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    model: nn.Module, source: BatchSource, settings: TrainSettings, output: Path, *, overrides: Sequence[str] = ()
+    model: nn.Module,
+    source: BatchSource,
+    settings: TrainSettings,
+    output: Path,
+    *,
+    overrides: Sequence[str] = (),
+    origin: Mapping[str, Any] | None = None,
 ) -> dict:
     """Train ``model`` on ``source`` and leave everything about the run in ``output``.
 
@@ -59,6 +66,7 @@ def train(
         settings: see :class:`TrainSettings`.
         output: folder of this run.
         overrides: how the run was asked for, ("model=rmt", "seed=1"); kept in the record, the name of the run in tables.
+        origin: where weights that are not random come from: their checksum, and gradient_tokens and text_tokens of their own training.
 
     Returns:
         The record's metrics: steps, tokens, parameters, seconds, tokens_per_second,
@@ -76,6 +84,7 @@ def train(
         "model": {"class": _name(type(model)), **model.config.to_dict()},
         "data": _describe(source),
         "settings": settings.identity(),
+        **({} if origin is None else {"origin": dict(origin)}),
     }
     claim(output, run)
     if (output / "record.json").exists():
@@ -90,6 +99,8 @@ def train(
         model.enable_compile()
     optimizer = build_optimizer(model, settings)
     progress, streams = Progress(), Streams()
+    if origin is not None:
+        progress.reached(origin.get("gradient_tokens", 0), origin.get("text_tokens", 0))
     if checkpoint := latest_checkpoint(output / "checkpoints"):
         progress = load_checkpoint(checkpoint, model, optimizer, streams)
         logger.info("going on from %s", checkpoint)
@@ -116,7 +127,7 @@ def train(
     record = make_record(
         "train",
         config={"model": run["model"], "settings": {**asdict(settings), "device": str(device)}},
-        data=run["data"],
+        data=run["data"] | ({} if origin is None else {"origin": run["origin"]}),
         seeds={"train": settings.seed, "data": run["data"].get("seed", settings.seed)},
         started=started,
         overrides=list(overrides),
