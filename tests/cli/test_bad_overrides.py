@@ -15,7 +15,7 @@ COMPOSED = [
     ("passkey", ["grid=laptop", "depths=[0.5]"], "depths=[0.5] is of another form than the value that it replaces"),
     ("train", ["output=x", "train.stepz=3"], "nothing reads train.stepz; did you mean train.steps?"),
     ("train", [], "output is missing: give output=..."),
-    ("train", ["output=x", "model=galaxy"], "there is no model/galaxy: use one of full, infini_long,"),
+    ("train", ["output=x", "model=galaxy"], "there is no model/galaxy: use one of full, full_row,"),
 ]
 BUILT = [
     ("passkey", ["+foo=1"], "nothing reads foo"),
@@ -24,7 +24,7 @@ BUILT = [
     ("passkey", ["lengths=4096"], "lengths is 4096 but must be a list, each a whole number"),
     ("passkey", ["depths=[0,deep]"], "depths is [0, 'deep'] but must be"),
     ("passkey", ["dtype=int8"], "dtype is 'int8' but must be one of float32, bfloat16, float16 or null"),
-    ("passkey", ["checkpoint=a", "hf=b"], "checkpoint is a and hf is b: give one of the two"),
+    ("passkey", ["checkpoint=a", "hf=b"], "checkpoint is a and hf is b: give one of them"),
     ("train", ["output=x", "+foo=1"], "nothing reads foo"),
     ("train", ["output=x", "+model.hiden_size=1"], "nothing reads model.hiden_size; did you mean hidden_size?"),
     ("train", ["output=x", "train.compile=maybe"], "train.compile is 'maybe' but must be true or false"),
