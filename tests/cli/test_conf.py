@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,8 +22,7 @@ def options(group):
 
 # What a file leaves to the command line: any text will do.
 NEEDS = {"experiment=passkey_mixed_12m": [f"task.haystacks=[{__file__}]"], "task=stream": [f"task.texts=[{__file__}]"]}
-PAIRS = Path(tempfile.mkdtemp()) / "pairs.jsonl"
-PAIRS.write_text(json.dumps({"id": "a", "text": "It was a long day. " * 99, "summary": "A day."}))
+PAIRS = Path(__file__).with_name("pairs.jsonl")
 BYTES = ["model.tokenizer=bytes", "model.vocab_size=256"]
 NEEDS["task=booksum"] = [f"task.pairs=[{PAIRS}]"]
 NEEDS |= {f"experiment=booksum_{step}": [*NEEDS["task=booksum"], *BYTES] for step in ("questions", "summaries")}
