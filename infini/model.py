@@ -99,7 +99,7 @@ class InfiniTransformer(Decoder):
             memory: False silences every memory (knock-out): the mix is as before the first write. It is written all the same.
             trace: receives `trace["layers"]`, one dict of detached statistics a layer (None without memory).
             maps: receives `maps["layers"]`, for each layer the map A `[batch, kv_heads, k, k]` that this call laid on its memory,
-                M_after = A M_before + what was written; None is the identity (or no memory).
+                M_after = A M_before + what was written; None is the identity (or no memory); and `maps["update_rule"]`.
 
         Returns:
             Logits `[batch, tokens or 1, vocab]` (or hidden states `[..., hidden_size]`, losses `[batch, tokens]` in nats, or None),
@@ -158,7 +158,7 @@ class InfiniTransformer(Decoder):
             # A copy: a recomputing backward pass runs the blocks again and appends once more.
             trace["layers"] = list(statistics)
         if maps is not None:
-            maps["layers"] = carried
+            maps.update(layers=carried, update_rule=self.config.update_rule)
         state = InfiniState(tuple(layers), plan.open_length, plan.tokens_seen, plan.empty, self.state_shape)
         return x, state
 

@@ -74,7 +74,7 @@ def cross(model: Callable, batch: Batch, state: InfiniState, read_segments: int 
     state and A stay.
 
     Of a gap of k segments, more than ``read_segments``, the last r are read and count t times, t as small as may be and
-    r = k / t rounded; ``linear`` and ``deltanet`` alone can do this. None: all are read.
+    r = k / t rounded, see :func:`infini.train.stretch.stretch`. None: all are read.
     """
     if not isinstance(state, InfiniState):
         raise InputError(
@@ -97,7 +97,7 @@ def cross(model: Callable, batch: Batch, state: InfiniState, read_segments: int 
         _, state = model(piece, state, keep="none", maps=maps)
         layers = maps["layers"]
         product = layers if product is None else [_then(*pair) for pair in zip(product, layers, strict=True)]
-    return Crossing(state, tuple(product)) if times == 1 else _stretched(first, state, product, times)
+    return Crossing(state, tuple(product)) if times == 1 else _stretched(maps["update_rule"], first, state, product, times)
 
 
 def carry_on(state: InfiniState, crossing: Crossing) -> InfiniState:
@@ -109,11 +109,11 @@ def carry_on(state: InfiniState, crossing: Crossing) -> InfiniState:
     return replace(crossing.end, layers=layers)
 
 
-def _stretched(first: InfiniState, end: InfiniState, maps: list[torch.Tensor | None], times: int) -> Crossing:
+def _stretched(rule: str, first: InfiniState, end: InfiniState, maps: list[torch.Tensor | None], times: int) -> Crossing:
     layers, powers = [], []
     for before, after, carried in zip(first.layers, end.layers, maps, strict=True):
         if after.memory is not None:
-            memory, carried = stretch(before.memory, after.memory, carried, times)
+            memory, carried = stretch(rule, before.memory, after.memory, carried, times)
             after = replace(after, memory=memory)
         layers.append(after)
         powers.append(carried)

@@ -165,7 +165,7 @@ def _run_steps(
         total=settings.steps,
         initial=progress.step,
         unit="step",
-        desc=str(output),
+        desc=output.name,  # of a sweep's job: what tells it from the others
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
     window = Window(settings.token_weight)

@@ -39,8 +39,8 @@ class TrainSettings:
         bptt_segments: truncate: the gradient stops at every so-many-th segment border of a row. A multiple of
             ``replay_segments`` where that is set; alone, rows are read and learned from in pieces of this size. None: never.
         gap_read_segments: most segments of a long gap that are read; a longer one is stretched from its last, exact for
-            filler that repeats as far as it does not depend on what it reads of the memory. For ``linear`` and ``deltanet``.
-            None: read in full.
+            filler that repeats as far as it does not depend on what it reads of the memory; in ``delta`` an estimate, and not
+            for ``gamma_delta``, see :func:`infini.train.stretch.stretch`. None: read in full.
         loss_tokens: tokens whose logits exist at a time while the loss is computed; the same numbers for any. None: as many as
             make 256 MiB of them.
         compile: compile the model's blocks, for any number of rows and segments; the first steps take minutes.

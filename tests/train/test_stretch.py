@@ -49,11 +49,51 @@ def test_it_is_the_text_written_as_often(rule, times):
     for _ in range(times):
         _, expected = memory.write_segments(rule, expected, *arguments)
     _, after, carried = memory.write_segments_with_map(rule, before, *arguments)
-    found, power = stretch(before, after, carried, times)
+    found, power = stretch(rule, before, after, carried, times)
     for one, other in zip(found, expected, strict=True):
         assert one is other is None or torch.allclose(one, other, rtol=1e-12, atol=1e-12)
     _, _, product = memory.write_segments_with_map(rule, before, *(x.repeat(1, times, *[1] * (x.dim() - 2)) for x in arguments))
     assert power is product is None or torch.allclose(power, product, rtol=1e-12, atol=1e-14)
+
+
+WIDE = 64
+
+
+def written_in_delta(times, held, strength):
+    """A memory with so many times what 8 segments add in its normalizer; written once, and `times` times in truth and by estimate."""
+    keys = memory.feature_map(torch.randn(1, 8, 64, 2, WIDE, dtype=torch.float64) * 1.5, "elu")
+    arguments = keys, torch.rand(1, 8, 64, 2, dtype=torch.float64) * strength, torch.randn(1, 8, 64, 2, 8, dtype=torch.float64)
+    before = MemoryState(torch.randn(1, 2, WIDE, 8).double(), held * torch.einsum("bsngd,bsng->bgd", *arguments[:2]))
+    _, after, carried = memory.write_segments_with_map("delta", before, *arguments)
+    _, *truth = memory.write_segments_with_map(
+        "delta", before, *(x.repeat(1, times, *[1] * (x.dim() - 2)) for x in arguments)
+    )
+    return before, after, carried, truth, stretch("delta", before, after, carried, times)
+
+
+def apart(found, true):
+    return ((found - true).norm() / true.norm()).item()
+
+
+@pytest.mark.parametrize("times", [1, 2, 7, 64])
+def test_delta_is_exact_while_the_normalizer_is_large(times):
+    before, after, carried, truth, (found, power) = written_in_delta(times, 1e6, 1.0)
+    torch.testing.assert_close(found.normalizer, truth[0].normalizer)
+    assert apart(found.matrix - before.matrix, truth[0].matrix - before.matrix) < 1e-3
+    assert apart(power - torch.eye(WIDE).double(), truth[1] - torch.eye(WIDE).double()) < 1e-3
+
+
+@pytest.mark.parametrize(("held", "strength", "limit"), [(4.0, 0.05, 0.06), (0.3, 1.0, 0.25)])
+@pytest.mark.parametrize("times", [4, 16, 64])
+def test_delta_is_near_where_each_turn_erases_less(times, held, strength, limit):
+    before, after, carried, truth, (found, power) = written_in_delta(times, held, strength)
+    assert apart(found.matrix, truth[0].matrix) < limit
+    assert apart(power, truth[1]) < 0.03
+    # The turns are not all alike, and they do erase.
+    alike = torch.linalg.matrix_power(carried, times)
+    summed = before.matrix + times * (after.matrix - before.matrix)
+    assert apart(found.matrix, truth[0].matrix) < 0.7 * apart(summed, truth[0].matrix)
+    assert apart(power, truth[1]) < 0.5 * apart(alike, truth[1])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -108,11 +148,20 @@ def test_replay_stretches_too(rule):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-6 * one.abs().max().item())
 
 
-@pytest.mark.parametrize("rule", ["delta", "gamma_delta"])
-def test_rules_whose_normalizer_grows_are_refused(rule):
+def test_a_rule_whose_second_turn_writes_otherwise_is_refused():
     with pytest.raises(InputError, match="gap_read_segments is set, but .* set gap_read_segments=null"):
-        gap_loss_of(build(rule), gap_batch(9), 4)
-    gap_loss_of(build(rule), gap_batch(4), 4)  # read in full
+        gap_loss_of(build("gamma_delta"), gap_batch(9), 4)
+    gap_loss_of(build("gamma_delta"), gap_batch(4), 4)  # read in full
+
+
+def test_a_gap_in_delta_is_estimated_by_the_model():
+    model, batch = build("delta"), gap_batch(64)
+    _, state = model(batch.tokens[:, : 2 * N])
+    read, meant = (cross(model, batch, state, segments) for segments in (None, 8))
+    held, found, true = (x.layers[0].memory.matrix for x in (state, meant.end, read.end))
+    assert apart(found, true) < 0.2 < apart(held, true)
+    identity = torch.eye(8).double().expand_as(read.maps[0])
+    assert apart(meant.maps[0], read.maps[0]) < 0.2 < apart(identity, read.maps[0])
 
 
 @dataclasses.dataclass(frozen=True)
