@@ -303,7 +303,7 @@ def _write_deltanet(
     keys, values, strength = (
         rearrange(x, "b s g (c n) k -> b s g c n k", n=chunk) for x in (keys, values, strength)
     )
-    inverse = _unit_lower_inverse(strength * (keys @ keys.transpose(-1, -2)))
+    inverse = unit_lower_inverse(strength * (keys @ keys.transpose(-1, -2)))
     # [-W U], so that a chunk's change of [I 0] is K^T [-W U], and that of [A B] is K^T ([0 U] + (-W) [A B]).
     solved = inverse @ (strength * torch.cat([-keys, values], dim=-1))
     carried = F.pad(torch.eye(features, dtype=keys.dtype, device=keys.device), (0, values.shape[-1]))
@@ -316,7 +316,7 @@ def _write_deltanet(
     return MemoryState(before, None), MemoryState(after, None), maps
 
 
-def _unit_lower_inverse(lower: Tensor) -> Tensor:
+def unit_lower_inverse(lower: Tensor) -> Tensor:
     """(I + L)^-1 of `[..., n, n]` for the entries L below the diagonal, in 2 log2(n) batched matrix products.
 
     The inverses of neighboring diagonal blocks of m rows, T_1 and T_2, make that of 2 m rows: -T_2 L_21 T_1 stands below

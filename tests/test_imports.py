@@ -32,12 +32,12 @@ LEVELS = [
 ]
 HEIGHT = {part: -line for line, parts in enumerate(LEVELS) for part in parts}
 OPEN_TO_TASKS = {"protocol", "session", "data", "report", "errors"}
-OPEN_TO_BASELINES = OPEN_TO_TASKS | {"local", "layers", "segments", "state", "config", "decoder"}
+OPEN_TO_BASELINES = OPEN_TO_TASKS | {"local", "layers", "memory", "segments", "state", "config", "decoder"}
 # Libraries that one part of infini alone may import: the door to each.
 DOORS = {"hydra": "cli", "omegaconf": "cli", "transformers": "hf", "matplotlib": "report"}
 DOORS |= {"lm_eval": "evaluate", "flash_attn": "causal", "flash_attn_interface": "causal", "triton": "kernels"}
 # Slow or optional: only inside a function.
-LAZY = {"transformers", "tokenizers", "matplotlib", "flash_attn", "lm_eval", "datasets", "tensorboard", "rouge_score"}
+LAZY = {"transformers", "tokenizers", "matplotlib", "flash_attn", "fla", "lm_eval", "datasets", "tensorboard", "rouge_score"}
 # Except in these: their package imports them where the library is installed, and does without them where it is not.
 ON_DEMAND = {f"infini.hf.{name}" for name in ("auto", "byte_tokenizer", "cache", "config", "model")} | {"infini.evaluate.lm"}
 

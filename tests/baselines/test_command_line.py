@@ -11,7 +11,7 @@ from infini.cli import build, passkey, train
 from infini.cli.compose import compose
 from infini.errors import InputError
 
-NAMES = ["transformer_xl", "memorizing", "full", "sliding", "rmt"]
+NAMES = ["transformer_xl", "memorizing", "full", "sliding", "rmt", "gated_deltanet"]
 
 
 @pytest.fixture(autouse=True)

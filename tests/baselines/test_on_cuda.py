@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from baselines.full.model import FullTransformer
+from baselines.gated_deltanet.model import GatedDeltaNet
 from baselines.memorizing.model import MemorizingTransformer
 from baselines.rmt.model import RecurrentMemoryTransformer
 from baselines.transformer_xl.model import TransformerXL
@@ -20,6 +21,7 @@ MODELS = {
     "full": (FullTransformer, {}),
     "sliding": (FullTransformer, {"window": 70}),
     "rmt": (RecurrentMemoryTransformer, {"num_memory_tokens": 4}),
+    "gated-deltanet": (GatedDeltaNet, {"window": 70}),
 }
 SHAPE = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from baselines.full.model import FullTransformer
+from baselines.gated_deltanet.model import GatedDeltaNet
 from baselines.memorizing.model import MemorizingTransformer
 from baselines.rmt.model import RecurrentMemoryTransformer
 from baselines.transformer_xl.model import TransformerXL
@@ -90,6 +91,8 @@ SUBJECTS = {
     "full": lambda: baseline(FullTransformer, bounded=False),
     "sliding": lambda: baseline(FullTransformer, window=8, reach=14),
     "rmt": lambda: baseline(RecurrentMemoryTransformer, num_memory_tokens=3),
+    "gated-deltanet": lambda: baseline(GatedDeltaNet, window=8, num_hidden_layers=3),
+    "gated-deltanet-alone": lambda: baseline(GatedDeltaNet, num_hidden_layers=1, conv_size=2),
 }
 
 

@@ -72,13 +72,13 @@ def test_repeated_keys_in_low_precision_by_the_witness_rule(noise, from_dtype):
 def test_the_inverse_is_that_of_what_stands_below_the_diagonal(size):
     matrix = torch.randn(2, size, size, dtype=torch.float64) / size
     lower = torch.eye(size, dtype=torch.float64) + matrix.tril(-1)
-    assert_equal_to_oracle("inverse", memory._unit_lower_inverse(matrix), torch.linalg.inv(lower))
+    assert_equal_to_oracle("inverse", memory.unit_lower_inverse(matrix), torch.linalg.inv(lower))
 
 
 def test_the_inverse_has_first_and_second_derivatives():
     matrix = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(memory._unit_lower_inverse, matrix)
-    assert torch.autograd.gradgradcheck(memory._unit_lower_inverse, matrix)
+    assert torch.autograd.gradcheck(memory.unit_lower_inverse, matrix)
+    assert torch.autograd.gradgradcheck(memory.unit_lower_inverse, matrix)
 
 
 class Cost(TorchDispatchMode):

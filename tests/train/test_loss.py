@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from baselines.full.model import FullTransformer
+from baselines.gated_deltanet.model import GatedDeltaNet
 from baselines.memorizing.model import MemorizingTransformer
 from baselines.rmt.model import RecurrentMemoryTransformer
 from baselines.transformer_xl.model import TransformerXL
@@ -14,7 +15,7 @@ from infini.data.batch import Batch
 from infini.layers.cross_entropy import token_losses
 from infini.train.loss import loss_of
 
-MODELS = [InfiniTransformer, FullTransformer, MemorizingTransformer, RecurrentMemoryTransformer, TransformerXL]
+MODELS = [InfiniTransformer, FullTransformer, GatedDeltaNet, MemorizingTransformer, RecurrentMemoryTransformer, TransformerXL]
 VOCABULARY = 96
 
 
