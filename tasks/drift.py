@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from infini.tasks.recall.text import haystack_bytes
+from infini.tasks.recall.text import haystack_ids
 from infini.tasks.rows import run_of
 from tqdm import tqdm
 
+from infini.data.tokenizer import load_tokenizer
 from infini.errors import InputError
 from infini.report.fingerprint import fingerprint
 
@@ -24,7 +25,7 @@ class DriftSettings:
     Attributes:
         lengths: tokens of stream after which the two are compared.
         probe: tokens read from both states for the comparison; they are the ones that follow in the stream.
-        haystack: see :func:`infini.tasks.recall.text.haystack_bytes`; files shorter than the stream begin again.
+        haystack: see :func:`infini.tasks.recall.text.haystack_ids`; files shorter than the stream begin again.
         seed: not negative; of the byte that the stream begins with.
         piece: tokens read at once.
     """
@@ -76,7 +77,7 @@ def drift(model, settings: DriftSettings) -> list[dict]:
     weights = next(model.parameters())
     if weights.dtype != torch.float32:
         raise InputError(f"the model is {weights.dtype}; drift compares a float32 model with its float64 copy: set dtype=float32")
-    text = haystack_bytes(settings.haystack)
+    text = haystack_ids(settings.haystack, load_tokenizer(model.config))
     phase = int(np.random.default_rng(settings.seed).integers(len(text)))
     exact = copy.deepcopy(model).double()
 

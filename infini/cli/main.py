@@ -15,6 +15,7 @@ COMMANDS = {  # name -> what it does; infini.cli.NAME.run(arguments) is imported
     "booksum": "what a model knows of whole books: summaries, wrong books, cloze questions",
     "summarize": "read a book of any size and print a summary",
     "capacity": "how many facts a memory holds, and how long",
+    "speed": "how fast a model reads, writes and learns, by length",
     "drift": "the error of an fp32 memory after a long stream",
     "peak": "peak memory of a long prompt, through generate() and a session",
     "bench": "time the memory by kernels, or (bench decode) each token that is written",

@@ -81,7 +81,7 @@ def render_sweep(folder: Path, options: dict[str, str]) -> list[Path]:
     plan = json.loads(path.read_bytes()) if path.exists() else {"jobs": []}
     options = plan.get("report", {}) | options
     sweep = gather(folder, options.get("pick", PICK))
-    contents = {"sweep.md": sweep_tables(sweep, options.get("against")).encode(), "sweep.png": sweep_curves(sweep)}
+    contents = {"sweep.md": sweep_tables(sweep, options.get("against")).encode(), "sweep.png": sweep_curves(sweep, options.get("against"))}
     write_atomically(path, (json.dumps(plan | {"report": options}, indent=2) + "\n").encode())
     written = [folder / name for name, content in contents.items() if content is not None]
     for file in written:

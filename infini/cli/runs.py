@@ -1,10 +1,10 @@
-"""Measuring every model of a sweep: one after the other, each with a record in its run's folder."""
+"""Work on every model of a sweep: one after the other, shared by as many processes as are started."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,21 +43,33 @@ def measure_each(runs: Path, output: str, measure: Callable[[Path, Path], None])
     Raises:
         InputError: nothing to measure; or, when all others are measured, what failed.
     """
-    found = runs_below(runs)
-    name, failed = Path(output).name, []
-    for run in found:
-        with held(run / name) as mine:
+    name = Path(output).name
+    return work_through([(run, run / name) for run in runs_below(runs)], lambda run, folder: measure(run / "model", folder))
+
+
+def work_through(work: Sequence[tuple[Path, Path]], do: Callable[[Path, Path], None]) -> list[Path]:
+    """Calls `do` with each run and the folder of what is made of it, but for those that another process works on.
+
+    Returns:
+        The folders.
+
+    Raises:
+        InputError: what failed, when all others are done.
+    """
+    failed = []
+    for run, folder in work:
+        with held(folder) as mine:
             if not mine:
-                logger.info("%s is being measured by another process", run)
+                logger.info("%s is left to another process, which works on it", run)
                 continue
             try:
-                measure(run / "model", run / name)
-            except Exception as error:  # of one model: the others are measured first
+                do(run, folder)
+            except Exception as error:  # of one model: the others come first
                 logger.error("%s failed: %s", run, error, exc_info=None if isinstance(error, InputError) else error)
                 failed.append(f"\n  {run}: {error}")
     if failed:
-        raise InputError(f"{len(failed)} of {len(found)} runs could not be measured, the others are:{''.join(failed)}")
-    return [run / name for run in found]
+        raise InputError(f"{len(failed)} of {len(work)} runs failed, the others are done:{''.join(failed)}")
+    return [folder for _, folder in work]
 
 
 @contextmanager

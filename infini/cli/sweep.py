@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from infini.cli.worker import PARENT_VARIABLE, STOP, Worker, children
+from infini.cli.worker import PARENT_VARIABLE, STOP, Worker, workers
 from infini.errors import InputError
 from infini.report.jobs import Job, find_jobs, note_job, plan_jobs
 from infini.report.record import COMMAND_VARIABLE, typed_command
@@ -158,12 +158,12 @@ class _StopAll:
         self.asked = False
 
     def __call__(self, number: int, frame: object) -> None:
-        workers = children() if Planner.plan and Planner.plan.side_by_side else []
-        if self.asked or not workers:
+        running = workers() if Planner.plan and Planner.plan.side_by_side else []
+        if self.asked or not running:
             raise KeyboardInterrupt
         self.asked = True
         print("stopping: each job finishes its step and saves; once more ends them at once", file=sys.stderr)
-        for worker in workers:
+        for worker in running:
             os.kill(worker, STOP)
 
 

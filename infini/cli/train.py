@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from infini.cli import onward
 from infini.cli.build import CHECKOUT_HINT, build, locate
 from infini.cli.compose import MODULE, explain, plain
 from infini.cli.sweep import asked_for, ignored_keys, launched, run_job
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 def run(arguments: list[str]) -> None:
-    """Trains with Hydra overrides; with -m (--multirun) or sweep=NAME once for each combination of the values a,b,c.
+    """Trains with Hydra overrides; with -m (--multirun) or sweep=NAME once for each combination of the values a,b,c; with runs=FOLDER
+    on from every model of a sweep, see :mod:`infini.cli.onward`.
 
     A run that is already finished in its output folder is not run again, an unfinished one goes on.
 
@@ -35,6 +37,9 @@ def run(arguments: list[str]) -> None:
         InputError: an override or an output folder that cannot be used, a sweep asked of a wheel, or failed jobs of a sweep.
         KeyboardInterrupt: SIGINT or SIGTERM came; what ran is saved.
     """
+    if any(argument.startswith("runs=") for argument in arguments):
+        onward.run(arguments, _train)
+        return
     if _is_sweep(arguments) and checkout() is None:
         raise InputError(f"sweeps need the checkout, and this is a wheel: {CHECKOUT_HINT}")
     sys.argv = ["infini-train", *arguments]  # Hydra reads the process's own
@@ -71,7 +76,7 @@ def require_tokenizer(model_config: ModelConfig, source: Any) -> None:
     if reads != model_config.tokenizer:
         raise InputError(
             f"model.tokenizer is {model_config.tokenizer!r}, but the task reads {reads!r}: "
-            "task=stream reads what the model does, tasks of passkeys and recall read bytes"
+            "leave task.tokenizer out, it is the model's"
         )
     load_tokenizer(model_config)
 

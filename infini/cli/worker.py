@@ -110,7 +110,14 @@ def take_slot(folder: Path) -> tuple[int, IO]:
             file.close()
 
 
-def children() -> list[int]:
-    """Process ids of the children of this process."""
-    lists = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
-    return [int(pid) for pid in " ".join(lists).split()]
+def workers() -> list[int]:
+    """Process ids of the children of this process, without joblib's resource tracker, which the sweep still needs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"resource_tracker" not in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found

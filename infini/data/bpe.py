@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +48,7 @@ class BPETokenizer:
             raise InputError(f"{path} cannot be read ({error}): copy it again, or make one with infini tokenizer") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._process = os.getpid()
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.dtype = np.int16 if self.vocab_size <= 2**15 else np.int32
         probe = "\0naïve  17\n\u2028鍵 \U0001f511' "
@@ -72,11 +73,16 @@ class BPETokenizer:
             texts = [piece.decode("utf-8") for piece in _pieces(data)]
         except UnicodeDecodeError as error:
             raise InputError(f"the text is not UTF-8 ({error}); this tokenizer reads text alone") from None
-        found = [np.zeros(0, self.dtype)]
+        return np.concatenate([np.zeros(0, self.dtype), *(np.array(one.ids, self.dtype) for one in self._encoded(texts))])
+
+    def _encoded(self, texts: list[str]) -> Iterator:
+        if len(texts) == 1 or os.getpid() != self._process:
+            # A forked process, such as a worker that makes batches, has none of the library's threads and would wait for them for ever.
+            for text in texts:
+                yield self._tokenizer.encode(text, add_special_tokens=False)
+            return
         for start in range(0, len(texts), 64):  # bounds what the library holds of each token
-            encoded = self._tokenizer.encode_batch_fast(texts[start : start + 64], add_special_tokens=False)
-            found += [np.array(one.ids, self.dtype) for one in encoded]
-        return np.concatenate(found)
+            yield from self._tokenizer.encode_batch_fast(texts[start : start + 64], add_special_tokens=False)
 
     def cut(self, data: bytes) -> int:
         """How many bytes of `data` have ids that no byte after `data` can change; 0 where that cannot be told.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -10,7 +11,8 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from infini.data.documents import COLUMN, HUB, find_files, read_documents
+from infini.data.documents import COLUMN, HUB, Document, find_files, read_documents
 from infini.data.tokenizer import Tokenizer
 from infini.errors import InputError
 
@@ -76,7 +78,8 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, column: str = COLUMN) -
 
     Bytes of local files need no encoding and are held in memory. Everything else is kept in a folder below ``$INFINI_CACHE``
     (``~/.cache/infini`` by default), named after what decides the ids: the content of local files, the addresses of those on the hub,
-    the column and the tokenizer; several processes may ask at once. What changed on the hub since is not noticed.
+    the column and the tokenizer. Of several processes that ask at once one encodes and the others wait for it. What changed on the hub
+    since is not noticed.
 
     Args:
         texts: files, see :func:`infini.data.documents.read_documents`.
@@ -95,25 +98,59 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, column: str = COLUMN) -
     if not texts:
         raise InputError("texts is empty; name text, Parquet, JSONL or CSV files, or glob patterns of them")
     paths = [path for pattern in texts for path in find_files(pattern)]
+
+    def read(skipped: Counter) -> Iterator[Document]:
+        return read_documents(paths, column, skipped)
+
     if tokenizer.fingerprint is None and not any(path.startswith(HUB) for path in paths):
-        parts: list[bytes] = []
-        index = _encode(paths, column, tokenizer, lambda ids: parts.append(ids.tobytes()))
-        return _made(np.frombuffer(b"".join(parts), tokenizer.dtype), index)
+        return _in_memory(read, tokenizer)
     sources = [[path if path.startswith(HUB) else Path(path).name, _content(path)] for path in paths]
-    key = json.dumps([_FORMAT, tokenizer.fingerprint, column, sources])
-    folder = _cache() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    return _kept([_FORMAT, tokenizer.fingerprint, column, sources], read, tokenizer)
+
+
+def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenizedDocuments:
+    """Encode documents that are at hand, or open what an earlier call left; kept as those of :func:`tokenize`.
+
+    Example:
+        >>> from infini.data.tokenizer import ByteTokenizer
+        >>> tokenize_documents([Document("one", "ab"), Document("two", "c")], ByteTokenizer())[1].tobytes()
+        b'c'
+    """
+    if tokenizer.fingerprint is None:
+        return _in_memory(lambda skipped: documents, tokenizer)
+    content = hashlib.sha256()
+    for document in documents:
+        for part in (document.name, document.text):
+            content.update(hashlib.sha256(part.encode()).digest())
+    return _kept([_FORMAT, tokenizer.fingerprint, content.hexdigest()], lambda skipped: documents, tokenizer)
+
+
+_Read = Callable[[Counter], Iterable[Document]]
+
+
+def _in_memory(read: _Read, tokenizer: Tokenizer) -> TokenizedDocuments:
+    parts: list[bytes] = []
+    index = _encode(read, tokenizer, lambda ids: parts.append(ids.tobytes()))
+    return _made(np.frombuffer(b"".join(parts), tokenizer.dtype), index)
+
+
+def _kept(key: list, read: _Read, tokenizer: Tokenizer) -> TokenizedDocuments:
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = _cache() / "tokens" / name
     if not (folder / _INDEX).is_file():
-        _keep(folder, paths, column, tokenizer)
+        with _alone(_cache() / "locks" / name):
+            if not (folder / _INDEX).is_file():  # else another process has made it while this one waited
+                _keep(folder, read, tokenizer)
     return _open(folder)
 
 
-def _encode(paths: Sequence[str], column: str, tokenizer: Tokenizer, put: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+def _encode(read: _Read, tokenizer: Tokenizer, put: Callable[[np.ndarray], Any]) -> dict[str, Any]:
     """Give the ids of each document to ``put``, and return what else there is to know."""
     skipped: Counter = Counter()
     index: dict[str, Any] = {name: [] for name in ("sizes", "names", "words", "bytes")}
     slow = tokenizer.fingerprint is not None
     with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None if slow else True, file=sys.stderr) as bar:
-        for document in read_documents(paths, column, skipped):
+        for document in read(skipped):
             data = document.text.encode()
             ids = tokenizer.encode_bytes(data)
             put(ids)
@@ -124,25 +161,38 @@ def _encode(paths: Sequence[str], column: str, tokenizer: Tokenizer, put: Callab
     return index | {"skipped": dict(skipped)}
 
 
-def _keep(folder: Path, paths: Sequence[str], column: str, tokenizer: Tokenizer) -> None:
+def _keep(folder: Path, read: _Read, tokenizer: Tokenizer) -> None:
     """Encode into a folder that appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
     try:
         with open(temporary / _TOKENS, "wb") as file:
             _header(file, tokenizer.dtype, 0)
-            index = _encode(paths, column, tokenizer, lambda ids: file.write(ids.tobytes()))
+            index = _encode(read, tokenizer, lambda ids: file.write(ids.tobytes()))
             file.seek(0)
             _header(file, tokenizer.dtype, sum(index["sizes"]))
         (temporary / _INDEX).write_text(json.dumps(index))
         try:
             temporary.rename(folder)
         except OSError:
-            if not (folder / _INDEX).is_file():  # else another process was first, with the same
+            if not (folder / _INDEX).is_file():  # else a process on another machine was first, with the same
                 raise
         logger.info("token ids are kept in %s", folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is inside with the same path; one that dies lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process encodes the same texts: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _header(file: BinaryIO, dtype: type[np.integer], size: int) -> None:

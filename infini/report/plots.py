@@ -66,9 +66,38 @@ def capacity_curves(record: Mapping[str, Any]) -> bytes:
         axes.set_xscale("log", base=2)
         axes.set_ylim(0, 103)
         axes.set_xlabel("pairs stated, five digits each")
-        axes.set_title(f"{distance:,} bytes of filler", fontsize="medium")
+        axes.set_title(f"{distance:,} tokens of filler", fontsize="medium")
     figure.axes[0].set_ylabel("digits right, %")
     figure.axes[0].legend(fontsize="x-small", loc="lower left")
+    return _png(figure)
+
+
+def speed_curves(record: Mapping[str, Any]) -> bytes:
+    """Tokens a second by length, a panel for each of reading, writing and training; a color a model.
+
+    Args:
+        record: of kind "speed", with rows as in `speed_table`.
+
+    Returns:
+        A PNG, without date or version in it.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in record["rows"] if row["tokens_per_second"] is not None]
+    kinds, models = (list(dict.fromkeys(row[name] for row in record["rows"])) for name in ("what", "model"))
+    figure = Figure(figsize=(1 + 3.6 * len(kinds), 4.2), layout="constrained")
+    for axes, what in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for i, model in enumerate(models):
+            points = [(row["length"], row["tokens_per_second"]) for row in rows if (row["what"], row["model"]) == (what, model)]
+            if points:
+                axes.plot(*zip(*points, strict=True), "-o", color=f"C{i % 10}", markersize=3, label=model)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("length, tokens")
+        axes.set_title(what, fontsize="medium")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("tokens a second")
+    figure.axes[0].legend(fontsize="x-small")
     return _png(figure)
 
 

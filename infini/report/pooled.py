@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from infini.errors import InputError
@@ -68,6 +69,27 @@ def capacity_cells(setting: Setting, evaluation: str) -> list[dict[str, Any]]:
         shares = {what: math.fsum(row["names"] * row[what] for row in cell) / names for what in ("digit_accuracy", "exact_match")}
         low, high = wilson_interval(shares["digit_accuracy"] * names, names)
         found.append({"distance": distance, "pairs": pairs, "seeds": len(cell), "names": names, **shares, "low": low, "high": high})
+    return found
+
+
+def speed_cells(setting: Setting, evaluation: str) -> list[dict[str, Any]]:
+    """What a setting's speed records time, seeds taken together.
+
+    Returns:
+        By what and length: what, length, seeds, tokens_per_second and peak_memory_bytes (the median and the largest; None where it did not
+        fit for one of them), state_bytes.
+    """
+    rows: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for record in measured(setting, evaluation, "speed"):
+        for row in record["rows"]:
+            rows.setdefault((row["what"], row["length"]), []).append(row)
+    found = []
+    for (what, length), cell in rows.items():
+        fits = all(row["tokens_per_second"] is not None for row in cell)
+        rate = median(row["tokens_per_second"] for row in cell) if fits else None
+        peak = max(row["peak_memory_bytes"] for row in cell) if fits else None
+        numbers = {"tokens_per_second": rate, "peak_memory_bytes": peak, "state_bytes": cell[0]["state_bytes"]}
+        found.append({"what": what, "length": length, "seeds": len(cell), **numbers})
     return found
 
 

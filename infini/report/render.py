@@ -7,7 +7,7 @@ from infini.report.booksum import booksum_table
 from infini.report.booksum_page import booksum_page
 from infini.report.booksum_plots import booksum_curves
 from infini.report.generation_tables import decode_table, lm_eval_table, peak_table
-from infini.report.plots import capacity_curves, drift_curves, passkey_heat_map, perplexity_curves, roofline
+from infini.report.plots import capacity_curves, drift_curves, passkey_heat_map, perplexity_curves, roofline, speed_curves
 from infini.report.record import read_record, write_atomically
 from infini.report.tables import (
     bench_table,
@@ -15,15 +15,16 @@ from infini.report.tables import (
     drift_table,
     passkey_table,
     perplexity_table,
+    speed_table,
     tokenizer_table,
     train_table,
 )
 
 TABLES = {"passkey": passkey_table, "train": train_table, "capacity": capacity_table, "drift": drift_table, "bench": bench_table}
-TABLES |= {"perplexity": perplexity_table, "tokenizer": tokenizer_table}
+TABLES |= {"speed": speed_table, "perplexity": perplexity_table, "tokenizer": tokenizer_table}
 TABLES |= {"decode": decode_table, "peak": peak_table, "lm_eval": lm_eval_table, "booksum": booksum_table}
 PICTURES = {"passkey": passkey_heat_map, "capacity": capacity_curves, "drift": drift_curves, "perplexity": perplexity_curves}
-PICTURES |= {"bench": roofline, "booksum": booksum_curves}
+PICTURES |= {"speed": speed_curves, "bench": roofline, "booksum": booksum_curves}
 PAGES = {"booksum": booksum_page}
 
 

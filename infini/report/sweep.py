@@ -31,12 +31,14 @@ class Run:
         record: of its training, or None.
         problem: why there is none.
         evaluations: records below its folder, by the name of theirs.
+        folder: of a finished run.
     """
 
     overrides: Mapping[str, str]
     record: Mapping[str, Any] | None = None
     problem: str | None = None
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def find_runs(folder: Path) -> list[Run]:
     trained = {home for home, record in records.items() if record["kind"] == "train"}
     for home in sorted(trained):
         below = {str(at.relative_to(home)): record for at, record in records.items() if at != home and home in at.parents}
-        runs.append(Run(_as_mapping(overrides_of(records[home])), records[home], None, below))
+        runs.append(Run(_as_mapping(overrides_of(records[home])), records[home], None, below, home))
     for job in find_jobs(folder):
         if job.folder is None or job.folder not in trained:
             problem = NOT_BEGUN if job.folder is None else job.error or UNFINISHED

@@ -10,9 +10,9 @@ from infini.errors import InputError
 from infini.report.booksum_sweep import books_table
 from infini.report.intervals import mean_interval, wilson_interval
 from infini.report.perplexity import summary
-from infini.report.pooled import capacity_cells, compare, measured, passkey_cells
+from infini.report.pooled import capacity_cells, compare, measured, passkey_cells, speed_cells
 from infini.report.sweep import LARGER_IS_BETTER, SEEDS, Run, Setting, Sweep
-from infini.report.tables import caption
+from infini.report.tables import SPEED_NOTE, caption, speed_cell
 
 NONE = "-"
 
@@ -31,6 +31,7 @@ def sweep_tables(sweep: Sweep, against: str | None = None) -> str:
     parts = ["# Sweep", training_table(sweep), rates_table(sweep), problems_list(sweep)]
     for evaluation in sweep.evaluations():
         tables = {"passkey": passkey_table, "perplexity": perplexity_table, "capacity": capacity_table, "booksum": books_table}
+        tables["speed"] = speed_table
         for kind, table in tables.items():
             if any(True for setting in sweep.best() for _ in measured(setting, evaluation, kind)):
                 more = {"against": against} if kind == "perplexity" else {}
@@ -62,6 +63,7 @@ def training_table(sweep: Sweep) -> str:
         line += [_mean(setting.metric("tokens_per_second"), "{:,.0f}")]
         line += [_span(setting.metric(metric)) for metric in ("gradient_tokens", "text_tokens")]
         lines.append(line + ([_mean([100 * share for share in setting.metric("answer_accuracy")])] if with_answers else []))
+    head, lines = _told(head, lines, first=len(sweep.keys))
     note = "Losses in nats, of the last window of training. Means over seeds, with 95 % intervals (Student's t) where there are several."
     return f"{_table(head, lines)}\n{note}"
 
@@ -136,16 +138,18 @@ def perplexity_table(sweep: Sweep, evaluation: str, against: str | None = None) 
     if against is not None and against not in best:
         raise InputError(f"against is {against!r}, but the rows are {', '.join(best)}")
     reference = against or next(name for name, setting in best.items() if list(measured(setting, evaluation, "perplexity")))
-    head = [*sweep.keys, "seeds", "documents", "bits/byte", "word perplexity", "bits/byte without memory"]
+    head = [*sweep.keys, "seeds", "documents", "token perplexity", "word perplexity", "bits/byte", "bits/byte without memory", "state, MiB"]
     head += [f"bits/byte more than {reference}", "95 % interval"]
     lines = []
     for name, setting in best.items():
         records = list(measured(setting, evaluation, "perplexity"))
         totals = [summary(record["rows"]) for record in records]
         line = [*setting.values, _seeds(setting, len(records)), _span([total["documents"] for total in totals])]
-        line += [_mean([total[what] for total in totals]) for what in ("bits_per_byte", "word_perplexity")]
+        line += [_mean([total[what] for total in totals]) for what in ("token_perplexity", "word_perplexity", "bits_per_byte")]
         silent = [_nll(record, "nll_without_memory") for record in records]
         line += [_mean([nll / math.log(2) / total["bytes"] for nll, total in zip(silent, totals, strict=True) if nll is not None])]
+        states = [max(row["state_bytes"] for row in record["rows"]) / 2**20 for record in records]
+        line += [_mean(states[:1], "{:,.2f}")]
         if name == reference or not records:
             line += [NONE, NONE]
         else:
@@ -154,8 +158,10 @@ def perplexity_table(sweep: Sweep, evaluation: str, against: str | None = None) 
         lines.append(line)
     note = (
         "Totals over all documents; means over seeds, with 95 % intervals (Student's t) where there are several. Differences: each document's "
-        "number averaged over seeds, intervals by resampling documents (10,000 draws), so they hold for other documents, not for other seeds."
+        "number averaged over seeds, intervals by resampling documents (10,000 draws), so they hold for other documents, not for other seeds. "
+        "State: all that a model carries at the end of the longest document."
     )
+    head, lines = _told(head, lines, first=len(sweep.keys))
     return f"{_table(head, lines)}\n{note}"
 
 
@@ -172,6 +178,21 @@ def capacity_table(sweep: Sweep, evaluation: str) -> str:
         if not cells:
             lines.append([*setting.values, NONE, NONE, _seeds(setting, 0), *[NONE] * 4])
     return f"{_table(head, lines)}\nSeeds pooled; intervals after Wilson, over names. Chance 10 %."
+
+
+def speed_table(sweep: Sweep, evaluation: str) -> str:
+    """One line per row and what is timed, with the lengths across."""
+    cells = {name_of(setting): speed_cells(setting, evaluation) for setting in sweep.best()}
+    lengths = sorted({cell["length"] for row in cells.values() for cell in row})
+    lines = []
+    for setting in sweep.best():
+        row = cells[name_of(setting)]
+        for what in dict.fromkeys(cell["what"] for cell in row):
+            here = {cell["length"]: cell for cell in row if cell["what"] == what}
+            seeds = _seeds(setting, max(cell["seeds"] for cell in here.values()))
+            lines.append([*setting.values, what, seeds, *(speed_cell(here.get(length)) for length in lengths)])
+    head = [*sweep.keys, "what", "seeds", *(f"{length:,}" for length in lengths)]
+    return f"{_table(head, lines)}\n{SPEED_NOTE} Median of the seeds, largest peak."
 
 
 def provenance(sweep: Sweep) -> str:
@@ -244,6 +265,12 @@ def _size(rate: str) -> tuple[float, str]:
         return float(rate), rate
     except ValueError:
         return math.inf, rate
+
+
+def _told(head: Sequence[str], lines: Sequence[Sequence[str]], first: int) -> tuple[list[str], list[list[str]]]:
+    """Without the columns, from the one with index `first` on, in which no line has anything."""
+    kept = [i for i in range(len(head)) if i < first or any(line[i] != NONE for line in lines)]
+    return [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

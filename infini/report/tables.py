@@ -96,6 +96,44 @@ def drift_table(record: Mapping[str, Any]) -> str:
     return f"# Drift\n\n{_table(head, lines)}\n{note}{caption(record)}"
 
 
+def speed_table(record: Mapping[str, Any]) -> str:
+    """One line per model and what it does, with the lengths across.
+
+    Args:
+        record: of kind "speed"; rows as of `infini.tasks.speed.run`, each with its model.
+    """
+    rows: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for row in record["rows"]:
+        rows.setdefault((row["model"], row["what"]), {})[row["length"]] = row
+    lengths = sorted({row["length"] for row in record["rows"]})
+    lines = []
+    for (model, what), cells in rows.items():
+        states = [cell["state_bytes"] for cell in cells.values() if cell["state_bytes"] is not None]
+        state = f"{max(states) / MIB:,.2f}" if states else "-"
+        lines.append([model, what, *(speed_cell(cells.get(length)) for length in lengths), state])
+    head = ["model", "what", *(f"{length:,}" for length in lengths), "state, MiB"]
+    return f"# Speed by length\n\n{_table(head, lines)}\n{SPEED_NOTE}\n\n{caption(record)}"
+
+
+SPEED_NOTE = (
+    "Tokens a second, with the peak memory in GiB: the tensors of a GPU, or the process on a CPU. Reading: of the text since the length before. "
+    "Writing: one token after the other, after so long a text. Training: forward and backward of rows of that length, without the optimizer."
+)
+
+
+def speed_cell(row: Mapping[str, Any] | None) -> str:
+    """What is said of one row: "12,345 (1.2)", or that it does not fit.
+
+    >>> speed_cell({"tokens_per_second": 12345.6, "peak_memory_bytes": 2**30})
+    '12,346 (1.00)'
+    """
+    if row is None:
+        return "-"
+    if row["tokens_per_second"] is None:
+        return "no room"
+    return f"{row['tokens_per_second']:,.0f} ({row['peak_memory_bytes'] / 2**30:.2f})"
+
+
 def train_table(record: Mapping[str, Any]) -> str:
     """The last metrics of a training run, one line each, with their caption."""
     lines = [[name.replace("_", " "), _number(value)] for name, value in record["metrics"].items()]

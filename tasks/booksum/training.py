@@ -13,6 +13,8 @@ from infini.tasks.booksum.pairs import PairFiles, digest, read_pairs
 from infini.tasks.booksum.prompt import Asked, ask_blank, ask_summary
 
 from infini.data.batch import Batch
+from infini.data.documents import Document
+from infini.data.tokenized import tokenize_documents
 from infini.data.tokenizer import open_tokenizer
 from infini.errors import InputError
 
@@ -221,18 +223,18 @@ class BookSummaries(PairFiles):
 
 
 def encode_books(pairs, tokenizer, segment_length: int) -> dict[str, np.ndarray]:
-    """Token ids of each book, by its name.
+    """Token ids of each book, by its name; kept on disk, see :func:`infini.data.tokenized.tokenize_documents`.
 
     Raises:
         InputError: one is shorter than a segment: no memory would ever be written.
     """
-    books: dict[str, np.ndarray] = {}
-    for pair in pairs:
-        if pair.book not in books:
-            books[pair.book] = tokenizer.encode_bytes(pair.text.encode())
-            if len(books[pair.book]) < segment_length:
-                raise InputError(
-                    f"the book {pair.book!r} has {len(books[pair.book])} tokens, less than a segment ({segment_length}), so it would never "
-                    "reach a memory; leave it out, or use a model of shorter segments"
-                )
+    texts = {pair.book: pair.text for pair in pairs}
+    kept = tokenize_documents([Document(book, text) for book, text in texts.items()], tokenizer)
+    books = {book: kept[i] for i, book in enumerate(texts)}
+    for book, ids in books.items():
+        if len(ids) < segment_length:
+            raise InputError(
+                f"the book {book!r} has {len(ids)} tokens, less than a segment ({segment_length}), so it would never "
+                "reach a memory; leave it out, or use a model of shorter segments"
+            )
     return books

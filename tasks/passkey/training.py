@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from infini.tasks.passkey.keys import draw_keys
 from infini.tasks.passkey.needles import NEEDLES, NeedleKind, Quiz, needle_kind
-from infini.tasks.passkey.row import Row, answer_size, asked_size, head_of, question_size, statement_of
-from infini.tasks.recall.text import FILLER_BYTES
+from infini.tasks.passkey.row import Row, Script
 from infini.tasks.recall.training import RecallTraining
 from infini.tasks.rows import RowSource, run_of
 
@@ -107,11 +106,14 @@ class PasskeyTraining(RowSource):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         self._check_needles()
+        script = Script(self._tokenizer)
+        object.__setattr__(self, "_script", script)
         shortest = self.min_segments * self.segment_length
-        if shortest < _SHORTEST_ROW:
+        needed = script.fixed_size(_SHORTEST) + len(script.answer(_SHORTEST_KEY)) - 1
+        if shortest < needed:
             raise InputError(
                 f"min_segments {self.min_segments} of segment_length {self.segment_length} are "
-                f"{shortest} bytes, but a passkey row takes {_SHORTEST_ROW}; "
+                f"{shortest} tokens, but a passkey row takes {needed}; "
                 "raise min_segments"
             )
         if self.gap_share > 0 and self.max_segments < sum(self._around_gap()):
@@ -121,10 +123,10 @@ class PasskeyTraining(RowSource):
             )
         # Built once: it checks its own settings, and write_row calls it for most rows.
         recall = RecallTraining(
-            steps=self.steps, pools=self.recall_pools, longest_gaps=self.recall_longest_gaps
+            steps=self.steps, pools=self.recall_pools, longest_gaps=self.recall_longest_gaps, tokenizer=self.tokenizer
         )
         object.__setattr__(self, "_recall", recall)
-        fillers = {name: np.frombuffer(kind.filler.encode(), np.uint8) for name, kind in NEEDLES.items()}
+        fillers = {name: script.ids(kind.filler) for name, kind in NEEDLES.items()}
         object.__setattr__(self, "_fillers", fillers)
 
     def _check_needles(self) -> None:
@@ -159,27 +161,29 @@ class PasskeyTraining(RowSource):
 
     def write_row(self, random, progress, tokens, answer) -> None:
         if random.random() < self.recall_share(progress):
-            self._recall.write_recall(random, tokens, answer, self.draw_filler(random, FILLER_BYTES))
+            self._recall.write_recall(random, tokens, answer, self.draw_filler(random, self._recall.filler))
         else:
             self._write_passkey(random, tokens, answer)
 
     def _write_passkey(self, random, tokens, answer) -> None:
         name, key, quiz = self._draw_quiz(random)
-        if len(tokens) < _fixed_size(quiz) + answer_size(key):
+        script, fixed = self._script, self._script.fixed_size(quiz)
+        if len(tokens) < fixed + len(script.answer(key)):
             name, key, quiz = "passkey", *_draw(random, _PASSKEY)
-        prompt = self._prompt_length(random, len(tokens), _fixed_size(quiz), answer_size(key))
-        filler = prompt - _fixed_size(quiz)
+            fixed = script.fixed_size(quiz)
+        prompt = self._prompt_length(random, len(tokens), fixed, len(script.answer(key)))
+        filler = prompt - fixed
         row = self._start_row(random, tokens, answer, name, key, quiz)
 
         before = self._filler_before(random, filler)
         if random.random() < self.near_share:
             before = filler - int(random.integers(min(filler, self.segment_length), endpoint=True))
-        asked = self._dense_questions(random, filler - before, asked_size(quiz, key))
-        filler -= len(asked) * asked_size(quiz, key)
-        row.text(head_of(quiz))
-        decoys = [(decoy.offset(before, filler), statement_of(decoy.text)) for decoy in quiz.decoys]
+        asked = self._dense_questions(random, filler - before, script.asked_size(quiz, key))
+        filler -= len(asked) * script.asked_size(quiz, key)
+        row.say(script.head(quiz))
+        decoys = [(decoy.offset(before, filler), script.statement(decoy.text)) for decoy in quiz.decoys]
         questions = [(before + place, None) for place in asked]
-        row.stretch(filler, [*decoys, (before, statement_of(quiz.needle)), *questions])
+        row.stretch(filler, [*decoys, (before, script.statement(quiz.needle)), *questions])
         row.ask()
         row.fill(len(tokens) - row.at)
 
@@ -192,7 +196,7 @@ class PasskeyTraining(RowSource):
         gap = int((self.longest_gap(step / self.steps) + 1) ** random.random())
 
         rows = max(1, min(self.tokens_per_batch // (segments * n), self.gap_tokens_per_batch // (gap * n)))
-        tokens = np.empty((rows, segments * n + 1), np.uint8)
+        tokens = np.empty((rows, segments * n + 1), self._tokenizer.dtype)
         answer = np.zeros(tokens.shape, bool)
         fillers = [
             self._write_around_gap(random, tokens[row], answer[row], position * n, gap * n)
@@ -212,37 +216,37 @@ class PasskeyTraining(RowSource):
     def _write_around_gap(
         self, random, tokens, answer, border: int, gap: int
     ) -> tuple[np.ndarray, int]:
-        """Writes a row with its needle before byte ``border`` and its questions after it.
+        """Writes a row with its needle before token ``border`` and its questions after it.
 
         Returns:
-            The row's filler, and where in it the gap of ``gap`` bytes begins.
+            The row's filler, and where in it the gap of ``gap`` tokens begins.
         """
         name, key, quiz = self._draw_quiz(random)
-        share = border / len(tokens)
-        sizes = _sizes_around(quiz, share)
-        if border < sizes[0] or len(tokens) - border < sizes[1] + answer_size(key):
+        script, share = self._script, border / len(tokens)
+        sizes = script.sizes_around(quiz, share)
+        if border < sizes[0] or len(tokens) - border < sizes[1] + len(script.answer(key)):
             name, key, quiz = "passkey", *_draw(random, _PASSKEY)
-            sizes = _sizes_around(quiz, share)
-        prompt = self._prompt_length(random, len(tokens), border + sizes[1], answer_size(key))
+            sizes = script.sizes_around(quiz, share)
+        prompt = self._prompt_length(random, len(tokens), border + sizes[1], len(script.answer(key)))
         row = self._start_row(random, tokens, answer, name, key, quiz)
 
         filler = border - sizes[0]
         before = self._filler_before(random, filler)
         decoys = [
             (decoy.offset(before, filler) if decoy.before else round(decoy.place / share * filler), text)
-            for decoy, text in _decoys(quiz, share, after=False)
+            for decoy, text in script.decoys(quiz, share, after=False)
         ]
-        row.text(head_of(quiz))
-        row.stretch(filler, [*decoys, (before, statement_of(quiz.needle))])
+        row.say(script.head(quiz))
+        row.stretch(filler, [*decoys, (before, script.statement(quiz.needle))])
 
         phase = row.phase
         row.phase += gap
         filler = prompt - border - sizes[1]
-        asked = self._dense_questions(random, filler, asked_size(quiz, key))
-        filler -= len(asked) * asked_size(quiz, key)
+        asked = self._dense_questions(random, filler, script.asked_size(quiz, key))
+        filler -= len(asked) * script.asked_size(quiz, key)
         decoys = [
             (round((decoy.place - share) / (1 - share) * filler), text)
-            for decoy, text in _decoys(quiz, share, after=True)
+            for decoy, text in script.decoys(quiz, share, after=True)
         ]
         row.stretch(filler, [*decoys, *((place, None) for place in asked)])
         row.ask()
@@ -251,9 +255,9 @@ class PasskeyTraining(RowSource):
 
     def _around_gap(self) -> tuple[int, int]:
         """The fewest segments before and after a gap that hold a passkey and its question."""
-        before, after = _sizes_around(_SHORTEST, 1.0)
-        # One more byte than segments: the last byte is predicted and never read.
-        needed = before, after + answer_size(_SHORTEST_KEY) - 1
+        before, after = self._script.sizes_around(_SHORTEST, 1.0)
+        # One more token than segments: the last one is predicted and never read.
+        needed = before, after + len(self._script.answer(_SHORTEST_KEY)) - 1
         return tuple(-(-size // self.segment_length) for size in needed)
 
     def _draw_quiz(self, random) -> tuple[str, int, Quiz]:
@@ -269,17 +273,17 @@ class PasskeyTraining(RowSource):
 
     def _start_row(self, random, tokens, answer, name, key, quiz) -> Row:
         filler = self.draw_filler(random, self._fillers[name])
-        return Row(tokens, answer, quiz, key, filler, phase=int(random.integers(len(filler))))
+        return Row(tokens, answer, self._script, quiz, key, filler, phase=int(random.integers(len(filler))))
 
     def _filler_before(self, random, filler: int) -> int:
-        """Bytes of filler before the needle."""
+        """Tokens of filler before the needle."""
         # Without a share nothing is drawn for it, so that rows are what they were before there was one.
         if self.first_share and random.random() < self.first_share:
             filler = min(filler, self.segment_length)
         return int(random.integers(filler, endpoint=True))
 
     def _dense_questions(self, random, left: int, size: int) -> list[int]:
-        """Places, in bytes of filler, of the questions before the last one."""
+        """Places, in tokens of filler, of the questions before the last one."""
         places, place = [], 0
         if random.random() < self.dense_question_share:
             half = self.segment_length // 2
@@ -302,27 +306,5 @@ def _draw(random, kind: NeedleKind) -> tuple[int, Quiz]:
     return key, kind.draw(random, key, False)
 
 
-def _decoys(quiz: Quiz, share: float, after: bool):
-    """The decoys before, or after, a border at ``share`` of the row, and their texts."""
-    for decoy in quiz.decoys:
-        if (not decoy.before and decoy.place >= share) == after:
-            yield decoy, statement_of(decoy.text)
-
-
-def _sizes_around(quiz: Quiz, share: float) -> tuple[int, int]:
-    """Bytes that are not filler before and after the border, without the answer."""
-    before, after = (
-        sum(len(text) for _, text in _decoys(quiz, share, after)) for after in (False, True)
-    )
-    before += len(head_of(quiz)) + len(statement_of(quiz.needle))
-    return before, after + question_size(quiz)
-
-
-def _fixed_size(quiz: Quiz) -> int:
-    """Bytes of a prompt that are not filler."""
-    return sum(_sizes_around(quiz, 1.0))
-
-
 _SHORTEST_KEY = 10 ** (_PASSKEY.digits - 1)
 _SHORTEST = _PASSKEY.draw(np.random.default_rng(0), _SHORTEST_KEY, False)
-_SHORTEST_ROW = _fixed_size(_SHORTEST) + answer_size(_SHORTEST_KEY) - 1

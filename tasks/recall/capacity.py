@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from infini.tasks.passkey.keys import draw_keys
-from infini.tasks.recall.text import DIGITS, KEY, NAMES, haystack_bytes, statements_of
+from infini.tasks.recall.text import DIGITS, Statements, haystack_ids
 from infini.tasks.rows import run_of
 
+from infini.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from infini.errors import InputError
 from infini.report.fingerprint import fingerprint
 
@@ -40,16 +41,13 @@ def run(model, grid: CapacityGrid) -> tuple[list[dict], dict[str, Any]]:
     """The rows of one model, and what identifies the data: checksums.
 
     Raises:
-        InputError: as :func:`capacity`, or the model does not read bytes.
+        InputError: as :func:`capacity`.
     """
-    if model.config.tokenizer != "bytes":
-        raise InputError(
-            f"the model's tokenizer is {model.config.tokenizer}, but the facts are written in bytes, a digit an association: "
-            "measure a model with tokenizer bytes"
-        )
     key_dim = model.config.head_dim if grid.key_dim is None else grid.key_dim
     settings = {name: getattr(grid, name) for name in grid.__dataclass_fields__ if name != "key_dim"}
-    return capacity(model, key_dim, **settings), {"checkpoint_sha256": fingerprint(model)}
+    tokenizer = load_tokenizer(model.config)
+    data = {"checkpoint_sha256": fingerprint(model)} | ({} if tokenizer.fingerprint is None else {"tokenizer_sha256": tokenizer.fingerprint})
+    return capacity(model, key_dim, **settings, tokenizer=tokenizer), data
 
 
 @torch.no_grad()
@@ -63,25 +61,27 @@ def capacity(
     haystack: str = "repeat",
     seed: int = 0,
     piece: int = 4096,
+    tokenizer: Tokenizer | None = None,
 ) -> list[dict]:
     """Accuracy of recall against the number of pairs and their distance, beside theory.
 
-    A row states ``pairs`` names with five digits each, one after the other; ``distance`` bytes of
+    A row states ``pairs`` names with five digits each, one after the other; ``distance`` tokens of
     filler follow, then the statements of some of the names again, in another order, whose digits the model
     predicts (teacher-forced). Keys are held out. For accuracy against ``d_k``, measure models that
     differ in it and join the tables.
 
     Args:
-        model: any byte model of the protocol, in eval mode.
+        model: of the protocol, in eval mode.
         key_dim: ``d_k``, what theory is reckoned for: of one head, or of all heads that share the work.
-        pairs: numbers of names, each 1..676.
-        distances: bytes of filler between the last statement and the first question.
+        pairs: numbers of names, each 1..676, or as many as :class:`infini.tasks.recall.text.Statements` has.
+        distances: tokens of filler between the last statement and the first question.
         rows: texts per cell, read at once.
         asked: names asked for per text, at most.
         haystack: ``"repeat"`` for the paper's sentences, or ``"text:FILES"``, see
             :func:`infini.tasks.text_files.read_texts`: interference of natural text.
         seed: not negative.
-        piece: bytes read at once.
+        piece: tokens read at once.
+        tokenizer: the model's; None: bytes.
 
     Returns:
         One row per pairs and distance: key_dim, pairs, distance, associations (each digit is one of its
@@ -92,16 +92,18 @@ def capacity(
     Raises:
         InputError: a number that is too small, more pairs than names, a haystack that cannot be read.
     """
-    if not pairs or min(pairs) < 1 or max(pairs) > len(NAMES):
-        raise InputError(f"pairs are {list(pairs)}; give at least one, each 1 to {len(NAMES)}, the number of names")
+    tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+    statements = Statements(tokenizer)
+    if not pairs or min(pairs) < 1 or max(pairs) > statements.names:
+        raise InputError(f"pairs are {list(pairs)}; give at least one, each 1 to {statements.names}, the number of names")
     for name, value in (("rows", rows), ("asked", asked), ("piece", piece), ("key_dim", key_dim)):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
     if seed < 0:
         raise InputError(f"seed is {seed}; it must not be negative")
     if not distances or min(distances) < 0:
-        raise InputError(f"distances are {list(distances)} bytes; give at least one, none negative")
-    filler = haystack_bytes(haystack)
+        raise InputError(f"distances are {list(distances)} tokens; give at least one, none negative")
+    filler = haystack_ids(haystack, tokenizer)
     found = []
     for count in pairs:
         expected = {
@@ -109,8 +111,8 @@ def capacity(
         }
         for distance in distances:
             random = np.random.default_rng((seed, count, distance))
-            texts = [_write(random, count, min(asked, count), distance, filler) for _ in range(rows)]
-            right = _right_digits(model, np.stack(texts), min(asked, count), piece)
+            texts = [_write(random, statements, count, min(asked, count), distance, filler) for _ in range(rows)]
+            right = _right_digits(model, np.stack(texts), statements, min(asked, count), piece)
             found.append(
                 {
                     "key_dim": key_dim,
@@ -178,21 +180,20 @@ def theory(
     return float(((keys @ memory).argmax(-1) == which).mean())
 
 
-def _write(random, pairs: int, asked: int, distance: int, filler: np.ndarray) -> np.ndarray:
-    names = NAMES[random.permutation(len(NAMES))[:pairs]]
-    statements = statements_of(names, draw_keys(random, pairs, DIGITS, held_out=True))
+def _write(random, statements: Statements, pairs: int, asked: int, distance: int, filler: np.ndarray) -> np.ndarray:
+    names = random.permutation(statements.names)[:pairs]
+    said = statements.of(names, draw_keys(random, pairs, DIGITS, held_out=True))
     between = run_of(filler, int(random.integers(len(filler))), distance)
-    again = statements[random.permutation(pairs)[:asked]]
-    return np.concatenate([statements.ravel(), between, again.ravel()])
+    again = said[random.permutation(pairs)[:asked]]
+    return np.concatenate([said.ravel(), between, again.ravel()])
 
 
-def _right_digits(model, texts: np.ndarray, asked: int, piece: int) -> np.ndarray:
+def _right_digits(model, texts: np.ndarray, statements: Statements, asked: int, piece: int) -> np.ndarray:
     """Which digits the model predicts, bool ``[rows, asked, 5]``."""
     device = next(model.parameters()).device
-    size = statements_of(NAMES[:1], np.zeros(1, np.int64)).shape[1]
-    first = texts.shape[1] - asked * size
+    first = texts.shape[1] - asked * statements.size
     state, found = None, []
-    # The statement's first byte is never a digit, so nothing is lost by predicting from there on.
+    # The statement's first token is never a digit, so nothing is lost by predicting from there on.
     for start in [*range(0, first, piece), *range(first, texts.shape[1], piece)]:
         stop = min(start + piece, first if start < first else texts.shape[1])
         part = torch.from_numpy(texts[:, start:stop]).long().to(device)
@@ -200,6 +201,6 @@ def _right_digits(model, texts: np.ndarray, asked: int, piece: int) -> np.ndarra
         logits, state = model(part, state, keep=keep)
         if logits is not None:
             found.append(logits.argmax(-1).cpu())
-    guess = torch.cat(found, 1).numpy()[:, :-1]  # of the byte after each
+    guess = torch.cat(found, 1).numpy()[:, :-1]  # of the token after each
     right = np.concatenate([np.zeros((len(texts), 1), bool), guess == texts[:, first + 1 :]], 1)
-    return right.reshape(len(texts), asked, size)[:, :, KEY : KEY + DIGITS]
+    return right.reshape(len(texts), asked, statements.size)[:, :, statements.key : statements.key + DIGITS]

@@ -29,7 +29,7 @@ NEEDS |= {f"experiment=booksum_{step}": [*NEEDS["task=booksum"], *BYTES] for ste
 NEEDS |= {f"experiment=booksum_{step}": [*NEEDS["task=stream"], *BYTES] for step in ("lm", "long")}
 NEEDS["model=full_row"] = ["task=stream", *NEEDS["task=stream"]]  # as long as the rows of documents
 
-MEASURES = {"capacity": [], "drift": [], "perplexity": ["texts=[x]"], "booksum": ["pairs=[x]"]}
+MEASURES = {"capacity": [], "drift": [], "speed": [], "perplexity": ["texts=[x]"], "booksum": ["pairs=[x]"]}
 TRAIN = [
     [f"{group}={option}", *NEEDS.get(f"{group}={option}", ()), "output=x"] for group in ("model", "task") for option in options(group)
 ]

@@ -31,7 +31,7 @@ def sweep(tmp_path):
 def test_each_model_has_a_record_and_a_damaged_one_stops_no_other(command, asked, sweep, capsys):
     assert main([command, f"runs={sweep}", *asked, "output=somewhere/mine"]) == 2
     error = capsys.readouterr().err
-    assert "error: 1 of 3 runs could not be measured, the others are:" in error and f"{sweep}/seed=1: " in error
+    assert "error: 1 of 3 runs failed, the others are done:" in error and f"{sweep}/seed=1: " in error
     found = {path.relative_to(sweep): json.loads(path.read_text()) for path in sweep.rglob("record.json")}
     assert sorted(map(str, found)) == ["seed=0/mine/record.json", "seed=2/mine/record.json"]
     for path, record in found.items():
@@ -69,7 +69,7 @@ def test_an_unexpected_error_stops_no_other(sweep):
             raise torch.OutOfMemoryError("out of memory")
         done.append(output)
 
-    with pytest.raises(InputError, match="1 of 3 runs could not be measured.*\n.*seed=0: out of memory"):
+    with pytest.raises(InputError, match="1 of 3 runs failed.*\n.*seed=0: out of memory"):
         measure_each(sweep, "x", measure)
     assert len(done) == 2
 

@@ -1,6 +1,7 @@
 """Byte-level BPE: every text comes back, however it arrives; files are safe to load."""
 
 import json
+import multiprocessing
 import random
 import sys
 
@@ -67,6 +68,19 @@ def test_a_long_text_is_what_the_library_makes_of_it_in_one(tokenizer, monkeypat
     ids = tokenizer.encode_bytes(text.encode())
     assert ids.dtype == np.int16
     assert ids.tolist() == tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_encodes_long_texts_too(tokenizer):
+    # Workers that make batches are forked, when the library has already made threads here.
+    fork, text = multiprocessing.get_context("fork"), write(5, 40000)
+    expected, found = tokenizer.encode(text), fork.Queue()
+    worker = fork.Process(target=lambda: found.put(tokenizer.encode(text)), daemon=True)
+    worker.start()
+    try:
+        assert found.get(timeout=20) == expected
+    finally:
+        worker.kill()
 
 
 def test_the_same_texts_give_the_same_file(path):

@@ -1,13 +1,16 @@
 """Token ids on disk: once made, opened again; never mistaken for others."""
 
+import multiprocessing
 import pickle
+import time
 
 import numpy as np
 import pytest
 
 from infini.data import tokenized
 from infini.data.bpe import BPETokenizer, train_bpe
-from infini.data.tokenized import tokenize
+from infini.data.documents import Document
+from infini.data.tokenized import tokenize, tokenize_documents
 from infini.data.tokenizer import ByteTokenizer
 from infini.errors import InputError
 
@@ -90,6 +93,36 @@ def test_a_process_that_dies_leaves_nothing_that_counts(texts, tokenizer, cache,
     with pytest.raises(MemoryError):
         tokenize(texts, tokenizer)
     assert not list((cache / "tokens").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded, use of fork:DeprecationWarning")
+def test_of_processes_that_ask_at_once_one_encodes(texts, tokenizer, cache, monkeypatch):
+    encoded, encode = multiprocessing.get_context("fork").Value("i", 0), type(tokenizer).encode_bytes
+
+    def slowly(self, data):
+        with encoded:
+            encoded.value += 1
+        time.sleep(0.2)
+        return encode(self, data)
+
+    monkeypatch.setattr(type(tokenizer), "encode_bytes", slowly)
+    jobs = [multiprocessing.get_context("fork").Process(target=tokenize, args=(texts, tokenizer)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(30)
+    assert [job.exitcode for job in jobs] == [0, 0, 0] and encoded.value == len(TEXTS)
+    assert tokenize(texts, tokenizer).bytes == tuple(len(text.encode()) for text in TEXTS) and encoded.value == len(TEXTS)
+
+
+def test_documents_at_hand_are_kept_too(tokenizer, cache, monkeypatch):
+    documents = [Document(str(i), text) for i, text in enumerate(TEXTS)]
+    first = tokenize_documents(documents, tokenizer)
+    assert [tokenizer.decode(first[i].tolist()) for i in range(3)] == list(TEXTS) and first.names == ("0", "1", "2")
+    monkeypatch.setattr(type(tokenizer), "encode_bytes", None)
+    assert tokenize_documents(documents, tokenizer).digest() == first.digest()
+    with pytest.raises(TypeError):  # another text is encoded anew
+        tokenize_documents([documents[0], Document("1", "an old man"), documents[2]], tokenizer)
 
 
 def test_a_damaged_file_is_said(texts, tokenizer):

@@ -11,6 +11,7 @@ from infini.report.jobs import note_job, plan_jobs
 from infini.report.pooled import compare
 from infini.report.record import write_record
 from infini.report.sweep import gather
+from infini.report.sweep_plots import _panels, sweep_curves
 from infini.report.sweep_tables import problems_list, rates_table, sweep_tables
 
 PROVENANCE = {
@@ -90,7 +91,8 @@ def test_seeds_are_pooled_at_the_rate_with_most_seeds_and_then_the_lowest_loss(s
     # rmt: losses 2 and 4, mean 3, s = sqrt(2), half = 12.706 * sqrt(2) / sqrt(2).
     row = line(text, "rmt", "1e-3")
     assert row[2:7] == ["2 of 2", "10", "1,000", "77", "3 ± 13"]
-    assert row[7:] == ["3 ± 13", "-", "500 ± 0", "24,576", "1,048,576"]  # token loss of ln 2 each: as many bits
+    assert row[7:] == ["3 ± 13", "500 ± 0", "24,576", "1,048,576"]  # token loss of ln 2 each: as many bits
+    assert "bits/byte" in text and "answer loss" not in text  # no run has answers: no column of dashes
     assert line(text, "full", "2e-3")[2:7] == ["2 of 2", "10", "1,000", "77", "3.25 ± 3.2"]
 
 
@@ -157,7 +159,7 @@ def test_perplexities_are_compared_document_by_document(tmp_path):
         perplexity(tmp_path / f"b{seed}" / "books", y=((10 + more) * bit, 10), x=((80 + 4 * more) * bit, 40))
     text = sweep_tables(gather(tmp_path))
     # a: 90 bits of 50 bytes. b: x 8 more of 40, y 2 more of 10: 0.2 bits a byte, in every draw of documents.
-    assert line(text, "a", "2 of 2", "2")[2:] == ["2", "1.8 ± 0", "2435 ± 0", "-", "-", "-"]
+    assert line(text, "a", "2 of 2", "2")[2:] == ["2", "22.63 ± 0", "2435 ± 0", "1.8 ± 0", "0.00", "-", "-"]
     assert line(text, "b", "2 of 2", "2")[-2:] == ["+0.2000", "+0.2000 to +0.2000"]
     assert line(sweep_tables(gather(tmp_path), against="b"), "a", "2 of 2", "2")[-2:] == ["-0.2000", "-0.2000 to -0.2000"]
     with pytest.raises(InputError, match="against is 'c', but the rows are a, b"):
@@ -220,3 +222,22 @@ def test_records_that_do_not_say_how_they_were_asked_for_are_told_by_their_comma
 def test_no_runs(tmp_path):
     with pytest.raises(InputError, match="there are no training runs in"):
         gather(tmp_path)
+
+
+def test_perplexity_is_drawn_by_position_and_as_a_difference(tmp_path):
+    for seed, more in ((0, 0.1), (1, 0.3)):  # 0.2 nats a token worse, seeds taken together, from position 1,024 on
+        for name, extra in (("a", 0.0), ("b", more)):
+            train(tmp_path / f"{name}{seed}", f"model={name}", f"seed={seed}", loss=1.0)
+            cells = [(1, 1, 9.0), (512, 512, 512 * 2.0), (1024, 1000, 1000 * (3.0 + extra))]
+            buckets = [{"from": start, "tokens": tokens, "nll": nll, "nll_without_memory": None} for start, tokens, nll in cells]
+            row = {"document": "x", "tokens": 10, "words": 4, "bytes": 9, "nll": 1.0, "nll_without_memory": None, "state_bytes": 1}
+            record = PROVENANCE | {"kind": "perplexity", "command": "infini perplexity", "config": {}, "rows": [row | {"by_position": buckets}]}
+            write_record(record, tmp_path / f"{name}{seed}" / "books" / "record.json")
+    levels, difference = _panels(gather(tmp_path), "books", None)
+    assert [place for place, _ in levels.lines["a"]] == [768, 1536]  # one token of each document says nothing
+    assert dict(levels.lines["b"])[768] == pytest.approx(math.exp(2.0))
+    assert difference.title == "books: worse than a" and not difference.percent
+    assert [value for _, value in difference.lines["b"]] == pytest.approx([0.0, 0.2])
+    other = _panels(gather(tmp_path), "books", "b")[1]
+    assert [value for _, value in other.lines["a"]] == pytest.approx([0.0, -0.2])
+    assert sweep_curves(gather(tmp_path)).startswith(b"\x89PNG")

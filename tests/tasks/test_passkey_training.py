@@ -145,7 +145,7 @@ def test_one_process_makes_half_a_million_tokens_a_second():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (dict(segment_length=64), "min_segments 2 of segment_length 64 are 128 bytes.*252"),
+        (dict(segment_length=64), "min_segments 2 of segment_length 64 are 128 tokens.*252"),
         (dict(max_segments=1), "max_segments is 1"),
         (dict(border_share=1.5), "border_share is 1.5"),
         (dict(seed=-1), "seed is -1"),

@@ -16,7 +16,7 @@ from infini.errors import InputError
 from infini.report.perplexity import by_position, perplexity, summary
 from tests.conformance.conftest import SUBJECTS
 
-MODELS = ("paper-delta", "long", "deltanet-sliding", "xl", "memorizing-evicting", "full", "sliding", "rmt")
+MODELS = ("paper-delta", "long", "deltanet-sliding", "xl", "memorizing-evicting", "full", "sliding", "rmt", "gated-deltanet")
 # Of these a silenced memory leaves nothing from before a token's segment.
 ALONE = ("paper-linear", "paper-delta", "gamma", "xl", "xl-rotary", "full", "sliding", "rmt")
 SEGMENT = 6

@@ -206,8 +206,8 @@ def test_the_command_trains_on_documents(folder, tmp_path, capsys):
 
 def test_a_task_that_reads_other_tokens_than_the_model_is_refused(folder, learned, tmp_path, capsys):
     tiny = ["train", "debug=tiny", f"output={tmp_path}/run"]
-    assert main([*tiny, f"model.tokenizer={learned}", "model.vocab_size=300"]) == 2
-    assert "but the task reads 'bytes'" in capsys.readouterr().err
+    assert main([*tiny, f"model.tokenizer={learned}", "model.vocab_size=300", "task.tokenizer=bytes"]) == 2
+    assert "but the task reads 'bytes': leave task.tokenizer out" in capsys.readouterr().err
     documents = ["task=stream", f"task.texts=['{folder}/*.txt']", "~task.min_segments", "~task.max_segments", "~task.tokens_per_batch"]
     assert main([*tiny, *documents, f"model.tokenizer={learned}"]) == 2
     assert "has 300 entries, the model's vocabulary 256" in capsys.readouterr().err
