@@ -46,6 +46,7 @@ def test_a_configuration_survives_its_dictionary():
         ({"memory_layers": (4,)}, r"memory_layers is \(4,\); it must be layer indices from 0 to 3"),
         ({"local_attention": "global"}, "local_attention is 'global'; it must be one of segment, sliding"),
         ({"window": 600}, "window is 600; it must be None"),
+        ({"short_conv": -1}, "short_conv is -1; it must be 0 or more tokens"),
         ({"local_attention": "sliding", "window": 100}, "window is 100; it must be at least segment_length = 512"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
