@@ -140,9 +140,9 @@ class InfiniAttention(nn.Module):
         """
         initial = empty_memory(self.config, k.shape[0], k) if initial is None else initial
         if backend == "triton":
-            if maps is not None:
-                maps.append(None)
             before, after = self._write_by_kernels(initial, k, v, strength, plan)
+            if maps is not None:
+                maps.append(self._map_by_kernels(initial, k, strength, plan))
             return self._read_by_kernels(q, before, local_output, plan, use_memory), after
         before, after = self._write(initial, k, v, strength, plan, maps)
         new_strength = None if strength is None else strength[:, plan.history :]
@@ -230,6 +230,13 @@ class InfiniAttention(nn.Module):
                 k, v, strength, scale, bias, *initial, plan.has_memory, *places, memory.DENOMINATOR_FLOOR
             )
         return MemoryState(M, z), MemoryState(M_after, z_after)
+
+    def _map_by_kernels(self, initial: MemoryState, k: Tensor, strength: Tensor | None, plan: SegmentPlan) -> Tensor | None:
+        """A of `memory.write_segments_with_map`: what the write makes of an identity when all values are zero."""
+        if self.config.update_rule == "linear":
+            return None
+        identity = torch.eye(k.shape[-1], dtype=initial.matrix.dtype, device=k.device).expand_as(initial.matrix).contiguous()
+        return self._write_by_kernels(initial._replace(matrix=identity), k, torch.zeros_like(k), strength, plan)[1].matrix
 
     def _read_by_kernels(self, q: Tensor, before: MemoryState, local_output: Tensor, plan: SegmentPlan, use_memory: bool) -> Tensor:
         """`_read_and_mix` of uniform rows."""

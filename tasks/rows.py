@@ -1,4 +1,4 @@
-"""Training batches by random access: rows of text, written byte by byte, under a segment curriculum."""
+"""Training batches by random access: rows of written text under a segment curriculum."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from infini.tasks.numbers import sow_numbers
 from infini.tasks.text_files import read_texts
 
 from infini.data.batch import Batch
+from infini.data.documents import Document
+from infini.data.tokenized import tokenize_documents
+from infini.data.tokenizer import open_tokenizer
 from infini.errors import InputError
 
 
 def run_of(text: np.ndarray, start: int, count: int) -> np.ndarray:
-    """``count`` bytes of a text from ``start`` on, wrapping round at its end; may be a view.
+    """``count`` tokens of a text from ``start`` on, wrapping round at its end; may be a view.
 
     Example:
         >>> run_of(np.frombuffer(b"abcd", np.uint8), 7, 6).tobytes()
@@ -25,12 +28,13 @@ def run_of(text: np.ndarray, start: int, count: int) -> np.ndarray:
     start %= len(text)
     if start + count <= len(text):
         return text[start : start + count]
-    return text.take(np.arange(start, start + count), mode="wrap")
+    # Not take(mode="wrap"), which goes round once a turn for every token.
+    return np.resize(np.concatenate((text[start:], text[:start])), count)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowSource(ABC):
-    """A map-style dataset of byte batches; ``source[step]`` depends on ``seed`` and ``step`` alone.
+    """A map-style dataset of batches of tokens; ``source[step]`` depends on ``seed`` and ``step`` alone.
 
     So the data position of a training run is its step, and a resumed run sees the very batches that
     an uninterrupted one would have seen, whatever the number of workers.
@@ -42,16 +46,17 @@ class RowSource(ABC):
     Attributes:
         steps: number of batches.
         seed: not negative.
-        segment_length: bytes per segment, ``n``.
+        segment_length: tokens per segment, ``n``.
         min_segments: fewest segments of a row.
         max_segments: most segments of a row.
         growth: share of training after which rows of ``max_segments`` may come.
         tokens_per_batch: upper limit of ``rows * segments * n`` where one row fits.
         haystacks: files of natural text, see :func:`infini.tasks.text_files.read_texts`; all are read
-            when the source is made.
-        text_share: share of rows whose filler is a window of that text, begun at a random byte.
+            when the source is made, and encoded or opened where they were before (:mod:`infini.data.tokenized`).
+        text_share: share of rows whose filler is a window of that text, begun at a random token.
         number_share: 0..0.5, share of its words that are numbers instead, in one half of these rows; see
             :func:`infini.tasks.numbers.sow_numbers`.
+        tokenizer: the model's, ``"bytes"`` or a ``tokenizer.json``.
     """
 
     steps: int
@@ -64,6 +69,7 @@ class RowSource(ABC):
     haystacks: tuple[str, ...] = ()
     text_share: float = 0.0
     number_share: float = 0.0
+    tokenizer: str = "bytes"
 
     def __post_init__(self):
         for name in ("steps", "segment_length", "min_segments", "tokens_per_batch"):
@@ -89,15 +95,21 @@ class RowSource(ABC):
                 f"number_share is {self.number_share} and haystacks are {list(self.haystacks)}; "
                 "it is a share of the words of haystacks, from 0 to 0.5"
             )
-        text = np.frombuffer("\n\n".join(map(read_texts, self.haystacks)).encode(), np.uint8)
-        object.__setattr__(self, "_text", text)
-        sown = sow_numbers(text, self.number_share, self.seed) if self.number_share else None
-        object.__setattr__(self, "_sown", sown)
+        object.__setattr__(self, "_tokenizer", open_tokenizer(self.tokenizer))
+        text, sown = "\n\n".join(map(read_texts, self.haystacks)), None
+        if self.number_share:
+            sown = sow_numbers(np.frombuffer(text.encode(), np.uint8), self.number_share, self.seed).tobytes().decode()
+        object.__setattr__(self, "_text", self._encoded(text))
+        object.__setattr__(self, "_sown", None if sown is None else self._encoded(sown))
+
+    def _encoded(self, text: str) -> np.ndarray:
+        return tokenize_documents([Document("haystack", text)] if text else [], self._tokenizer).tokens
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the natural text, where there is any."""
-        return {"haystacks_sha256": hashlib.sha256(self._text).hexdigest()} if self.haystacks else {}
+        """SHA-256 of the natural text, as tokens, where there is any, and of the tokenizer."""
+        tokenizer = {} if self._tokenizer.fingerprint is None else {"tokenizer_sha256": self._tokenizer.fingerprint}
+        return ({"haystacks_sha256": hashlib.sha256(self._text).hexdigest()} if self.haystacks else {}) | tokenizer
 
     @abstractmethod
     def write_row(
@@ -108,8 +120,8 @@ class RowSource(ABC):
         Args:
             random: source of randomness.
             progress: 0..1, how far training has come.
-            tokens: uint8 ``[S * n + 1]``, uninitialized; every byte is to be written.
-            answer: bool ``[S * n + 1]``, all False; set where a byte belongs to an answer.
+            tokens: ids ``[S * n + 1]``, uninitialized; every one is to be written.
+            answer: bool ``[S * n + 1]``, all False; set where a token belongs to an answer.
         """
 
     def draw_filler(self, random: np.random.Generator, own: np.ndarray) -> np.ndarray:
@@ -142,7 +154,7 @@ class RowSource(ABC):
         segments = int(random.integers(self.min_segments, self.top(step), endpoint=True))
         length = segments * self.segment_length
         rows = max(1, self.tokens_per_batch // length)
-        tokens = np.empty((rows, length + 1), np.uint8)
+        tokens = np.empty((rows, length + 1), self._tokenizer.dtype)
         answer = np.zeros((rows, length + 1), bool)
         for row in range(rows):
             self.write_row(random, step / self.steps, tokens[row], answer[row])

@@ -138,6 +138,27 @@ def test_token_by_token(kernel_device, monkeypatch):
     assert spy.calls == {"read": 2 * 5, "write": 2}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_the_map_that_a_text_lays_on_the_memory(rule, kernel_device):
+    """Begins inside a segment and on an empty memory, whose first write erases nothing."""
+    tokens, found = torch.randint(256, (2, 61), device=kernel_device), {}
+    for backend in ("triton", "torch"):
+        model, state, found[backend] = make(backend, kernel_device, **LONG | {"update_rule": rule}), None, []
+        for piece in tokens.split([7, 40, 2, 12], dim=1):
+            maps = {}
+            _, state = model(piece, state, maps=maps)
+            found[backend] += maps["layers"]
+    for mine, other in zip(found["triton"], found["torch"], strict=True):
+        if rule == "linear":
+            assert mine is other is None
+        else:
+            identity = torch.eye(16, device=kernel_device).expand(2, 1, 16, 16)
+            torch.testing.assert_close(identity if mine is None else mine, identity if other is None else other)
+    if rule == "delta":
+        assert not torch.allclose(found["triton"][2], identity)
+
+
 def test_a_silenced_memory_is_written_and_not_read(kernel_device):
     fast, plain = make("triton", kernel_device, gate_when_empty=True), make("torch", kernel_device, gate_when_empty=True)
     tokens = torch.randint(256, (1, 35), device=kernel_device)
