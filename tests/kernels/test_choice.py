@@ -139,12 +139,12 @@ def test_token_by_token(kernel_device, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
 def test_the_map_that_a_text_lays_on_the_memory(rule, kernel_device):
-    """Begins inside a segment and on an empty memory, whose first write erases nothing."""
+    """It begins inside a segment; of `delta` the first write of an empty memory erases nothing."""
     tokens, found = torch.randint(256, (2, 61), device=kernel_device), {}
     for backend in ("triton", "torch"):
-        model, state, found[backend] = make(backend, kernel_device, **LONG | {"update_rule": rule}), None, []
+        model, state, found[backend] = make(backend, kernel_device, **GATED if rule == "deltanet" else LONG | {"update_rule": rule}), None, []
         for piece in tokens.split([7, 40, 2, 12], dim=1):
             maps = {}
             _, state = model(piece, state, maps=maps)
@@ -155,7 +155,7 @@ def test_the_map_that_a_text_lays_on_the_memory(rule, kernel_device):
         else:
             identity = torch.eye(16, device=kernel_device).expand(2, 1, 16, 16)
             torch.testing.assert_close(identity if mine is None else mine, identity if other is None else other)
-    if rule == "delta":
+    if rule != "linear":
         assert not torch.allclose(found["triton"][2], identity)
 
 
