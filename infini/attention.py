@@ -211,8 +211,13 @@ class InfiniAttention(nn.Module):
         offset = plan.history - plan.opened
         written = (k.shape[1] - offset) // plan.segment_length
         if written == 0:
-            return MemoryState(*(m.unsqueeze(1) for m in initial)), initial
+            return MemoryState(*(None if m is None else m.unsqueeze(1) for m in initial)), initial
         scale, bias = (self.key_scale, self.key_bias) if self.config.qk_norm else (None, None)
+        if self.config.update_rule == "deltanet":
+            from infini.kernels.deltanet import write_deltanet
+
+            M, M_after, _ = write_deltanet(k, v, strength, initial.matrix, offset, written, plan.segments, plan.segment_length)
+            return MemoryState(M, None), MemoryState(M_after, None)
         places = (offset, written, plan.segments, plan.segment_length, self.config.rms_norm_eps)
         if self.config.update_rule == "linear":
             from infini.kernels.write import write_linear
@@ -240,6 +245,13 @@ class InfiniAttention(nn.Module):
             if not self.config.gate_when_empty:
                 return local_output
             has_memory = torch.zeros(before.matrix.shape[:2], dtype=torch.bool, device=q.device)
+        if self.config.update_rule == "deltanet":
+            from infini.kernels.read_deltanet import read_deltanet
+
+            return read_deltanet(
+                q, local_output, before.matrix, self.read_norm.weight, self.beta, has_memory, -plan.opened, plan.segment_length,
+                self.config.gate_when_empty, self.config.rms_norm_eps,
+            )  # fmt: skip
         from infini.kernels.read import read_and_mix
 
         scale, bias = (self.query_scale, self.query_bias) if self.config.qk_norm else (None, None)

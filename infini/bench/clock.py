@@ -39,7 +39,9 @@ def copy_bandwidth(device: torch.device, size: int = 2**30) -> float:
     return 2 * size / (milliseconds(lambda: target.copy_(source), device) / 1000)
 
 
-def cold_milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 20, seconds: float = 2.0) -> tuple[float, int]:
+def cold_milliseconds(
+    call: Callable[[], object], device: torch.device, repeats: int = 20, seconds: float = 2.0, lead: int = 0
+) -> tuple[float, int]:
     """The median time of a call that finds nothing in the caches, and of how many calls.
 
     On a GPU more bytes than its second-level cache holds are written before every call; that also hides how long the host takes
@@ -50,6 +52,7 @@ def cold_milliseconds(call: Callable[[], object], device: torch.device, repeats:
         device: where it runs.
         repeats: at most so many calls.
         seconds: after which no further call is timed; one is in any case.
+        lead: clock cycles for which a GPU waits before the call, so that the host has launched all of it when it begins.
 
     Example:
         >>> took, calls = cold_milliseconds(lambda: time.sleep(0.02), torch.device("cpu"), seconds=0.1)
@@ -61,6 +64,8 @@ def cold_milliseconds(call: Callable[[], object], device: torch.device, repeats:
     times: list[float] = []
     while len(times) < repeats and sum(times) < 1000 * seconds:
         flood.zero_()
+        if lead and device.type == "cuda":
+            torch.cuda._sleep(lead)
         times.append(milliseconds(call, device, repeats=1, warm_up=0))
     return statistics.median(times), len(times)
 

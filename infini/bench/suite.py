@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from infini.bench import attend, curve, layer, memory, models, shipped
+from infini.bench import alone, attend, curve, layer, memory, models, shipped
 from infini.bench.clock import copy_bandwidth, product_rate
 from infini.bench.trial import Ceilings, Row, Trials, measure
 from infini.causal import KERNELS
@@ -20,7 +20,7 @@ from infini.report.record import make_record, write_record
 class BenchSettings:
     """What is timed; `conf/bench.yaml` describes the fields."""
 
-    parts: tuple[str, ...] = ("layer", "full", "step", "prefill", "local", "memory", "curve", "shipped")
+    parts: tuple[str, ...] = ("layer", "kernels", "full", "step", "prefill", "local", "memory", "curve", "shipped")
     rules: tuple[str, ...] = ("linear", "delta", "deltanet", "gated")
     backends: tuple[str, ...] = ("triton", "compiled", "torch")
     kernels: tuple[str, ...] = KERNELS
@@ -104,6 +104,12 @@ def _memory(settings: BenchSettings, device: torch.device) -> Trials:
     return memory.trials(device, backends=tuple(reversed(settings.backends)))
 
 
+def _kernels(settings: BenchSettings, device: torch.device) -> Trials:
+    """In the shape of `layer` under every rule that has them, and in two of `memory.SHAPES`."""
+    size = (1, settings.tokens, settings.segment_length, settings.heads, settings.heads, settings.head_dim)
+    yield from alone.trials(device, (*(memory.Shape(*size, rule) for rule in settings.rules), *alone.SHAPES))
+
+
 def _curve(settings: BenchSettings, device: torch.device) -> Trials:
     """A smaller model: a third of the layers, an eighth of the segment."""
     size = (max(1, settings.segment_length // 8), settings.heads, settings.head_dim, -(-settings.layers // 3))
@@ -116,6 +122,7 @@ def _shipped(settings: BenchSettings, device: torch.device) -> Trials:
 
 PARTS: dict[str, Callable[[BenchSettings, torch.device], Trials]] = {
     "layer": _layer,
+    "kernels": _kernels,
     "full": _full,
     "step": _step,
     "prefill": _prefill,

@@ -42,6 +42,7 @@ class Trial:
         tokens: read by one call.
         work: what the call must move and compute.
         against: name and milliseconds of what it is compared with.
+        lead: as of `clock.cold_milliseconds`.
         counts_use: give the share of the product rate that the FLOP are, as model FLOP utilization.
     """
 
@@ -51,6 +52,7 @@ class Trial:
     work: Work | None = None
     against: tuple[str, float] | None = None
     counts_use: bool = field(default=False)
+    lead: int = 0
 
 
 def measure(trial: Trial, device: torch.device, ceilings: Ceilings, repeats: int, seconds: float) -> Row:
@@ -64,7 +66,7 @@ def measure(trial: Trial, device: torch.device, ceilings: Ceilings, repeats: int
         call = trial.prepare()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        took, calls = cold_milliseconds(call, device, repeats, seconds)
+        took, calls = cold_milliseconds(call, device, repeats, seconds, trial.lead)
         if on_gpu:  # beyond what other trials share
             facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device) - held
     except torch.OutOfMemoryError:

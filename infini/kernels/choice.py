@@ -14,7 +14,7 @@ from infini.errors import InputError
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The scan of delta's maps holds a whole one in shared memory.
-LARGEST_HEAD = {"linear": 256, "delta": 128}
+LARGEST_HEAD = {"linear": 256, "delta": 128, "deltanet": 128}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def announce(device: str, dtype: torch.dtype, backend: str, why: str | None) -> 
 def _why_not(device, dtype, update_rule, feature_map, head_dim, uniform, traced) -> str | None:
     if dtype not in DTYPES:
         return f"the kernels compute in float32, bfloat16 or float16, not {dtype}"
-    if update_rule not in LARGEST_HEAD or feature_map != "elu":
+    if update_rule not in LARGEST_HEAD or (feature_map != "elu" and update_rule != "deltanet"):
         rules = " and ".join(map(repr, LARGEST_HEAD))
         return f"there are kernels for update_rule {rules} with feature_map 'elu', not for {update_rule!r} with {feature_map!r}"
     if head_dim > LARGEST_HEAD[update_rule]:
@@ -80,7 +80,18 @@ def _why_not(device, dtype, update_rule, feature_map, head_dim, uniform, traced)
         return "rows differ in length, or a document begins inside one"
     if traced:
         return "statistics of what is read are asked for"
-    return _machine_lacks(device)
+    lacks = _machine_lacks(device)
+    if lacks is None and update_rule == "deltanet":
+        return _too_wide(device, dtype, head_dim)
+    return lacks
+
+
+def _too_wide(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Programs of `deltanet` need more shared memory than some GPUs have."""
+    from infini.kernels.tiles import shared_memory, widest_deltanet
+
+    widest = widest_deltanet(dtype != torch.bfloat16, shared_memory(device))
+    return None if head_dim <= widest else f"heads may be {widest} wide with update_rule 'deltanet' in {dtype} on this GPU, not {head_dim}"
 
 
 @functools.cache
@@ -98,7 +109,9 @@ def _machine_lacks(device: torch.device) -> str | None:
     if device.type != "cuda" and not INTERPRETED.value:
         return f"Triton needs a CUDA device, not {device.type}, or its interpreter (TRITON_INTERPRET=1)"
     import infini.kernels.delta
+    import infini.kernels.deltanet
     import infini.kernels.read
+    import infini.kernels.read_deltanet
     import infini.kernels.write  # noqa: F401
 
     return None

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from infini.kernels.outer import added_up, pieces_of, sum_outer
 from infini.kernels.parts import (
+    add_rows,
+    as_bytes,
     features,
+    last_axis_contiguous,
     load_matrix,
     load_scale,
     load_tile,
-    matrix_product,
+    looked_up,
     normalized,
     product,
     rounded,
@@ -24,8 +27,8 @@ from infini.kernels.parts import (
     tokens_of,
 )
 from infini.kernels.scan import affine_scan, scan
-from infini.kernels.tiles import PART, Tiles, is_exact, on_device_of, parts_of, shared_memory
-from infini.kernels.write import backward_of_sums, last_axis_contiguous, new_gradients
+from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
+from infini.kernels.write import backward_of_sums, new_gradients
 
 
 @triton.jit
@@ -45,12 +48,12 @@ def load_strength(strength, place, valid, BT: tl.constexpr, WEIGHTED: tl.constex
     return tl.full([BT], 1.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
+@triton.jit(do_not_specialize=["length", "offset", "segments", "slots", "pieces"])
 def gram_kernel(
     k, strength, scale, bias, normalizers, has_memory, grams,
     k_batch, k_token, k_head, length, offset, segments, slots, pieces, segment_length, groups, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a piece of one segment, one memory, BV columns of G."""
     program, wide_block = tl.program_id(0), tl.program_id(1)
@@ -64,7 +67,7 @@ def gram_kernel(
     key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
     wide_scale, wide_bias = load_scale(scale, bias, group, wide, inside_wide, D, NORM)
     gram = tl.zeros([BD, BV], tl.float32)
-    for start in range(first, last, BT):
+    for start in tl.range(first, last, BT, num_stages=AHEAD):
         tokens = start + tl.arange(0, BT)
         valid = tokens < last
         keys = k + b * k_batch + group * k_head
@@ -77,8 +80,8 @@ def gram_kernel(
         if BV < BD:
             wide_normal = load_tile(keys, k_token, tokens, wide, valid, inside_wide)
             if NORM:
-                wide_normal = wide_normal * inverse[:, None]
-            wide_sigma = features(wide_normal, wide_scale, wide_bias, valid, NORM)
+                wide_normal = wide_normal.to(tl.float32) * inverse[:, None]
+            wide_sigma = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
             gram = product(tl.trans(a[:, None] * sigma), wide_sigma, gram, EXACT)
         else:
             gram = product(tl.trans(a[:, None] * sigma), sigma, gram, EXACT)
@@ -99,20 +102,21 @@ def gram_sums(
     segment_length: int,
     eps: float,
     floor: float,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """G of every written segment, fp32 `[b, written, g, d, d]`; the arguments are those of `write_delta`, z before each segment."""
     batch, length, groups, dim = k.shape
     pieces = pieces_of(batch * written * groups, segment_length)
     grams = torch.empty(batch, written * pieces, groups, dim, dim, dtype=torch.float32, device=k.device)
     exact, norm = is_exact(k), scale is not None
-    tiles = Tiles.of("outer", dim, segment_length // pieces, exact, shared_memory(k.device))
+    tiles = (tiles or Tiles.of("gram", dim, segment_length, exact, shared_memory(k.device))).within(segment_length // pieces)
     with on_device_of(k):
         gram_kernel[(batch * written * pieces * groups, tiles.wide_blocks)](
             k, k if strength is None else strength, scale if norm else k, bias if norm else k, normalizers,
             k if has_memory is None else has_memory, grams,
             *k.stride()[:3], length, offset, written, normalizers.shape[1], pieces, segment_length, groups, eps, floor,
-            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, NORM=norm, WEIGHTED=strength is not None,
-            MASKED=has_memory is not None, EXACT=exact, num_warps=tiles.warps, num_stages=tiles.stages,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, AHEAD=tiles.loop_stages, NORM=norm, WEIGHTED=strength is not None,
+            MASKED=has_memory is not None, EXACT=exact, **tiles.options,
         )  # fmt: skip
     return grams if pieces == 1 else added_up(grams, pieces, written)
 
@@ -170,6 +174,7 @@ def gram_backward_kernel(
     k_batch, k_token, k_head, dk_batch, dk_token, dk_head,
     length, offset, segments, slots, parts, segment_length, groups, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, AHEAD: tl.constexpr, TURNED: tl.constexpr,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment of one memory.
@@ -187,10 +192,10 @@ def gram_backward_kernel(
     has = load_has(has_memory, b * slots + segment, MASKED)
     memory = (b * segments + segment) * groups + group
     key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
-    z_sum = tl.zeros([BD], tl.float32)
+    z_sum = tl.zeros([ROWS, BD], tl.float32)
     if BV == BD:
         high, low = load_matrix(d_matrices + memory * D * D, columns, columns, inside, inside, D, EXACT)
-    for start in range(first, last, BT):
+    for start in tl.range(first, last, BT, num_stages=AHEAD):
         tokens = start + tl.arange(0, BT)
         valid = tokens < last
         keys = k + b * k_batch + group * k_head
@@ -202,10 +207,10 @@ def gram_backward_kernel(
         denominator = tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1)
         held = denominator >= floor
         denominator = tl.maximum(denominator, floor)
-        looked_up = tl.zeros([BT, BD], tl.float32)
         if BV == BD:
-            looked_up = matrix_product(sigma, high, low, looked_up, EXACT)
+            e = looked_up(sigma, high, low, BT, BD, TURNED, EXACT)
         else:
+            e = tl.zeros([BT, BD], tl.float32)
             for block in tl.range(0, BD // BV, num_stages=1):
                 wide = block * BV + tl.arange(0, BV)
                 inside_wide = wide < D
@@ -213,20 +218,42 @@ def gram_backward_kernel(
                 high, low = load_matrix(d_matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
                 wide_normal = load_tile(keys, k_token, tokens, wide, valid, inside_wide)
                 if NORM:
-                    wide_normal = wide_normal * inverse[:, None]
+                    wide_normal = wide_normal.to(tl.float32) * inverse[:, None]
                 # H is symmetric: these rows of it are those columns.
-                wide_sigma = features(wide_normal, wide_scale, wide_bias, valid, NORM)
-                looked_up = matrix_product(wide_sigma, tl.trans(high), tl.trans(low), looked_up, EXACT)
+                wide_sigma = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
+                e += looked_up(wide_sigma, tl.trans(high), tl.trans(low), BT, BD, TURNED, EXACT)
         readable = has > 0
-        da = tl.where(readable, 0.5 * tl.sum(sigma * looked_up, axis=1) / denominator, 0.0)
+        da = tl.where(readable, 0.5 * tl.sum(sigma * e, axis=1) / denominator, 0.0)
         a = tl.where(readable, w / denominator, 0.0)
         c = tl.where(held, -w * da / denominator, 0.0)
         if WEIGHTED:
             tl.store(d_strength + place, da, mask=valid)
-        d_sigma = a[:, None] * looked_up + tl.where(readable, c[:, None] * z[None, :], 0.0)
+        d_sigma = a[:, None] * e + tl.where(readable, c[:, None] * z[None, :], 0.0)
         store_tile(dk + b * dk_batch + group * dk_head, dk_token, tokens, columns, valid, inside, d_sigma)
-        z_sum += tl.sum(tl.where(readable, c[:, None] * sigma, 0.0), axis=0)
-    tl.store(d_normalizers + program.to(tl.int64) * D + columns, z_sum, mask=inside)
+        z_sum = add_rows(z_sum, tl.where(readable, c[:, None] * sigma, 0.0), BT, ROWS, BD)
+    tl.store(d_normalizers + program.to(tl.int64) * D + columns, tl.sum(z_sum, axis=0), mask=inside)
+
+
+def backward_of_grams(
+    k, strength, scale, bias, z_before, has_memory, d_grams, dk, d_strength,
+    offset, written, segment_length, eps, floor, exact: bool, tiles: Tiles | None = None,
+):  # fmt: skip
+    """From H of every segment's G to the gradients of features and strengths, which fill `dk` and `d_strength`; gives those of z
+    in parts `[b, written, parts, g, d]`."""
+    batch, length, groups, dim = k.shape
+    norm = scale is not None
+    tiles = (tiles or Tiles.of("gram_backward", dim, segment_length, exact, shared_memory(k.device))).within(segment_length)
+    parts, part = tiles.parts(segment_length)
+    z_sums = torch.empty(batch, written, parts, groups, dim, dtype=torch.float32, device=k.device)
+    with on_device_of(k):
+        gram_backward_kernel[(batch * written * parts * groups,)](
+            k, k if strength is None else strength, scale if norm else k, bias if norm else k, z_before,
+            k if has_memory is None else has_memory, d_grams, dk, d_strength, z_sums,
+            *k.stride()[:3], *dk.stride()[:3], length, offset, written, z_before.shape[1], parts, segment_length, groups, eps, floor,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
+            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, MASKED=has_memory is not None, EXACT=exact, **tiles.options,
+        )  # fmt: skip
+    return z_sums
 
 
 @torch.library.custom_op("infini::write_delta_backward", mutates_args=())
@@ -250,7 +277,6 @@ def write_delta_backward(
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, strength, scale, bias, matrix and normalizer; empty where there was None."""
-    batch, length, groups, dim = k.shape
     k, v = last_axis_contiguous(k), last_axis_contiguous(v)
     strength, has_memory = None if strength is None else strength.contiguous(), as_bytes(has_memory)
     before, z_before, slots = before.contiguous(), z_before.contiguous(), before.shape[1]
@@ -261,18 +287,9 @@ def write_delta_backward(
         d_grams = d_matrices[:, :written] @ before[:, :written].transpose(-1, -2)
     d_grams = -(d_grams + d_grams.transpose(-1, -2))
     dk, dv, d_strength = new_gradients(k, v, strength, written * segment_length)
-    exact, parts, norm = is_exact(k, v), parts_of(segment_length), scale is not None
-    tiles = Tiles.of("backward", dim, segment_length, exact, shared_memory(k.device))
-    z_sums = torch.empty(batch, written, parts, groups, dim, dtype=torch.float32, device=k.device)
-    with on_device_of(k):
-        gram_backward_kernel[(batch * written * parts * groups,)](
-            k, k if strength is None else strength, scale if norm else k, bias if norm else k, z_before,
-            k if has_memory is None else has_memory, d_grams, dk, d_strength, z_sums,
-            *k.stride()[:3], *dk.stride()[:3], length, offset, written, slots, parts, segment_length, groups, eps, floor,
-            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=segment_length if parts == 1 else PART, NORM=norm,
-            WEIGHTED=strength is not None, MASKED=has_memory is not None, EXACT=exact,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+    z_sums = backward_of_grams(
+        k, strength, scale, bias, z_before, has_memory, d_grams, dk, d_strength, offset, written, segment_length, eps, floor, is_exact(k, v)
+    )
     d_normalizers = dz_before.clone(memory_format=torch.contiguous_format)
     d_normalizers[:, :written] += z_sums.sum(dim=2)
     d_normalizers, d_normalizer = scan(d_normalizers, dz_after, slots, in_place=True, reverse=True)
@@ -322,8 +339,3 @@ def _backward(ctx, d_before, dz_before, d_after, dz_after):
 
 
 write_delta.register_autograd(_backward, setup_context=_save)
-
-
-def as_bytes(mask: Tensor | None) -> Tensor | None:
-    """A mask as kernels load it."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)

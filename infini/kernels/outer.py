@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini.kernels.parts import features, load_scale, load_tile, normalized, product, rounded, tokens_of
+from infini.kernels.parts import add_rows, features, load_scale, load_tile, normalized, product, rounded, tokens_of
 from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
 
 # Two for each processor of the largest GPUs; pieces of a segment of fewer tokens would write more sums than they read tokens.
@@ -22,19 +22,22 @@ def outer_kernel(
     x_batch, x_token, x_head, y_batch, y_token, y_head,
     length, offset, segments, slots, segment_length, groups, eps,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, SHARED_BY: tl.constexpr,
-    NORM: tl.constexpr, WEIGHTS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: one segment, one memory, BV columns. WEIGHTS: 0 none, 1 a = c, 2 both."""
+    """One program: one segment, one memory, BV columns. WEIGHTS: 0 none, 1 a = c, 2 both.
+
+    Summed is M^T = sum y (a f)^T: y goes to the product as it was loaded, and no features are transposed on their way.
+    """
     program, wide_block = tl.program_id(0), tl.program_id(1)
     group, segment, b = program % groups, program // groups % segments, (program // groups // segments).to(tl.int64)
     columns, wide = tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
     inside, inside_wide = columns < D, wide < D
     first, last = tokens_of(segment, 0, segment_length, segment_length, offset, length)
-    matrix, normalizer = tl.zeros([BD, BV], tl.float32), tl.zeros([BD], tl.float32)
+    matrix, normalizer = tl.zeros([BV, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
     for member in range(SHARED_BY):
         head = group * SHARED_BY + member
         head_scale, head_bias = load_scale(scale, bias, head, columns, inside, D, NORM)
-        for start in range(first, last, BT):
+        for start in tl.range(first, last, BT, num_stages=AHEAD):
             tokens = start + tl.arange(0, BT)
             valid = tokens < last
             x_tile = load_tile(x + b * x_batch + head * x_head, x_token, tokens, columns, valid, inside)
@@ -48,15 +51,16 @@ def outer_kernel(
                 weighted = f
             # M and z of a write must be sums of the same features: then rounding is a slightly other key, no more.
             if WEIGHTS == 2:
-                normalizer += tl.sum(f * tl.load(z_weights + place, mask=valid, other=0.0)[:, None], axis=0)
+                z_weighted = f * tl.load(z_weights + place, mask=valid, other=0.0)[:, None]
             else:
-                normalizer += tl.sum(rounded(weighted, EXACT), axis=0)
-            matrix = product(tl.trans(weighted), y_tile, matrix, EXACT)
+                z_weighted = rounded(weighted, EXACT)
+            normalizer = add_rows(normalizer, z_weighted, BT, ROWS, BD)
+            matrix = product(tl.trans(y_tile), weighted, matrix, EXACT)
     memory = (b * slots + segment) * groups + group
-    at = matrices + memory * D * D + columns[:, None] * D + wide[None, :]
-    tl.store(at, matrix, mask=inside[:, None] & inside_wide[None, :])
+    at = matrices + memory * D * D + columns[None, :] * D + wide[:, None]
+    tl.store(at, matrix, mask=inside[None, :] & inside_wide[:, None])
     if wide_block == 0:
-        tl.store(normalizers + memory * D + columns, normalizer, mask=inside)
+        tl.store(normalizers + memory * D + columns, tl.sum(normalizer, axis=0), mask=inside)
 
 
 def sum_outer(
@@ -72,6 +76,7 @@ def sum_outer(
     slots: int,
     segment_length: int,
     eps: float,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """M `[b, slots, groups, d, d]` and z `[b, slots, groups, d]` in fp32; the first `segments` of the slots are filled.
 
@@ -81,16 +86,18 @@ def sum_outer(
         scale, bias: of normalized x, `[heads, d]`; None: x as it is.
         groups: memories; head i belongs to memory i // (heads // groups).
         offset: token at which segment 0 begins, negative where its beginning lies before the tokens.
+        tiles: None: those of the table.
     """
     batch, length, heads, dim = x.shape
     pieces = pieces_of(batch * segments * groups, segment_length)
     if pieces > 1:
         matrices, normalizers = sum_outer(
-            x, y, weights, z_weights, scale, bias, groups, offset, segments * pieces, segments * pieces, segment_length // pieces, eps
-        )
+            x, y, weights, z_weights, scale, bias, groups, offset,
+            segments * pieces, segments * pieces, segment_length // pieces, eps, tiles,
+        )  # fmt: skip
         return added_up(matrices, pieces, slots), added_up(normalizers, pieces, slots)
     exact = is_exact(x, y)
-    tiles = Tiles.of("outer", dim, segment_length, exact, shared_memory(x.device))
+    tiles = (tiles or Tiles.of("outer", dim, segment_length, exact, shared_memory(x.device))).within(segment_length)
     matrices = torch.empty(batch, slots, groups, dim, dim, dtype=torch.float32, device=x.device)
     normalizers = torch.empty(batch, slots, groups, dim, dtype=torch.float32, device=x.device)
     norm = scale is not None
@@ -100,9 +107,8 @@ def sum_outer(
             scale if norm else x, bias if norm else x, matrices, normalizers,
             *x.stride()[:3], *y.stride()[:3],
             length, offset, segments, slots, segment_length, groups, eps,
-            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, SHARED_BY=heads // groups,
-            NORM=norm, WEIGHTS=(weights is not None) + (z_weights is not None), EXACT=exact,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, SHARED_BY=heads // groups, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
+            NORM=norm, WEIGHTS=(weights is not None) + (z_weights is not None), EXACT=exact, **tiles.options,
         )  # fmt: skip
     return matrices, normalizers
 

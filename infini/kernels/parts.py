@@ -1,7 +1,9 @@
 """What the kernels share. Names: x and y `[BT, BD]` or `[BT, BV]`, tiles of BT tokens; D numbers of a head, padded to BD."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Triton's interpreter has no bf16 products: there the operands are rounded to bf16 and multiplied in fp32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -11,6 +13,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def product(a, b, total, EXACT: tl.constexpr):
     """total + a b with fp32 sums: three TF32 products to fp32's precision if EXACT, otherwise of operands rounded to bf16."""
     if EXACT:
+        a, b = a.to(tl.float32), b.to(tl.float32)
         return tl.dot(a, b, total, input_precision="tf32x3")
     if INTERPRETED:
         return tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), total)
@@ -26,10 +29,16 @@ def rounded(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def add_rows(sums, x, BT: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
+    """sums + x `[BT, BD]` folded to ROWS rows: one thread's own numbers are added, no others; `tl.sum` at the end does the rest."""
+    return sums + tl.sum(tl.reshape(x, [BT // ROWS, ROWS, BD]), axis=0)
+
+
+@triton.jit
 def load_tile(pointer, stride_token, tokens, columns, valid, inside):
-    """Rows of one head in fp32, 0 outside."""
+    """Rows of one head, 0 outside."""
     at = pointer + tokens.to(tl.int64)[:, None] * stride_token + columns[None, :]
-    return tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    return tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -53,6 +62,7 @@ def load_scale(scale, bias, head, columns, inside, D: tl.constexpr, NORM: tl.con
 @triton.jit
 def normalized(x, eps, D: tl.constexpr, NORM: tl.constexpr):
     """x / rms(x) and 1 / rms(x); x and nothing without NORM."""
+    x = x.to(tl.float32)
     if NORM:
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
         return x * inverse[:, None], inverse
@@ -108,6 +118,27 @@ def matrix_product(a, high, low, total, EXACT: tl.constexpr):
 
 
 @triton.jit
+def looked_up(a, high, low, BT: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr, EXACT: tl.constexpr):
+    """a (high + low) `[BT, WIDE]`.
+
+    TURNED: as the transpose of (high + low)^T a^T, in which the memory gives the product its rows. On Hopper products have 64
+    rows for four warps at least: so tiles may have fewer tokens, and leave room for more programs.
+    """
+    if TURNED:
+        return tl.trans(matrix_rows_product(high, low, a, tl.zeros([WIDE, BT], tl.float32), EXACT))
+    return matrix_product(a, high, low, tl.zeros([BT, WIDE], tl.float32), EXACT)
+
+
+@triton.jit
+def matrix_rows_product(high, low, a, total, EXACT: tl.constexpr):
+    """total + (high + low)^T a^T."""
+    total = product(tl.trans(high), tl.trans(a), total, EXACT)
+    if not EXACT:
+        total = product(tl.trans(low), tl.trans(a), total, EXACT)
+    return total
+
+
+@triton.jit
 def tokens_of(segment, part, segment_length, part_length, offset, length):
     """First and last + 1 token of a part of a segment that begins at token `offset` + segment * segment_length.
 
@@ -117,3 +148,13 @@ def tokens_of(segment, part, segment_length, part_length, offset, length):
     first = tl.maximum(start + part * part_length, 0)
     last = tl.minimum(start + tl.minimum((part + 1) * part_length, segment_length), length)
     return first, last
+
+
+def last_axis_contiguous(x: Tensor) -> Tensor:
+    """As the kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as kernels load it."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)

@@ -8,20 +8,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini.kernels.outer import sum_outer
+from infini.kernels.outer import added_up, sum_outer
 from infini.kernels.parts import (
+    add_rows,
+    as_bytes,
     features,
+    last_axis_contiguous,
     load_matrix,
     load_scale,
     load_tile,
-    matrix_product,
+    looked_up,
     normalized,
+    product,
     rounded,
     store_tile,
     through_norm,
     tokens_of,
 )
-from infini.kernels.tiles import PART, Tiles, is_exact, on_device_of, parts_of, shared_memory
+from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
 
 
 @triton.jit
@@ -41,7 +45,7 @@ def read_kernel(
     q_batch, q_token, q_head, local_batch, local_token, local_head, mixed_batch, mixed_token, mixed_head,
     length, offset, segments, parts, segment_length, heads, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, SHARED_BY: tl.constexpr,
-    NORM: tl.constexpr, MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, EXACT: tl.constexpr,
+    AHEAD: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment, one query head, BV columns."""
     program, wide_block = tl.program_id(0), tl.program_id(1)
@@ -55,7 +59,7 @@ def read_kernel(
     z = tl.load(normalizers + memory * D + columns, mask=inside, other=0.0)
     weight, share, local_share, asked = shares(beta, has_memory, head, b * segments + segment, MASKED, MIX_EMPTY)
     query_scale, query_bias = load_scale(scale, bias, head, columns, inside, D, NORM)
-    for start in range(first, last, BT):
+    for start in tl.range(first, last, BT, num_stages=AHEAD):
         tokens = start + tl.arange(0, BT)
         valid = tokens < last
         x = load_tile(q + b * q_batch + head * q_head, q_token, tokens, columns, valid, inside)
@@ -63,7 +67,7 @@ def read_kernel(
         normal, inverse = normalized(x, eps, D, NORM)
         g = features(normal, query_scale, query_bias, valid, NORM)
         denominator = tl.maximum(tl.sum(rounded(g, EXACT) * z[None, :], axis=1), floor)
-        found = matrix_product(g, high, low, tl.zeros([BT, BV], tl.float32), EXACT)
+        found = looked_up(g, high, low, BT, BV, TURNED, EXACT)
         # Where the memory is empty its share is 0, but what was read need not be finite.
         far = tl.where(share > 0, found / denominator[:, None], 0.0)
         out = share * far + local_share * near
@@ -104,24 +108,9 @@ def read_and_mix(
     Returns:
         `[b, tokens, h, d]` in the dtype of `local_output`.
     """
-    batch, length, heads, dim = q.shape
-    q, local_output = _last_axis_contiguous(q), _last_axis_contiguous(local_output)
-    matrices, normalizers, has_memory = matrices.contiguous(), normalizers.contiguous(), _bytes(has_memory)
-    mixed = torch.empty(q.shape, dtype=local_output.dtype, device=q.device)
-    segments, groups = matrices.shape[1:3]
-    exact, parts, norm = is_exact(q, local_output), parts_of(segment_length), scale is not None
-    tiles = Tiles.of("read", dim, segment_length, exact, shared_memory(q.device))
-    with on_device_of(q):
-        read_kernel[(batch * segments * parts * heads, tiles.wide_blocks)](
-            q, local_output, matrices, normalizers, beta, scale if norm else q, bias if norm else q,
-            q if has_memory is None else has_memory, mixed,
-            *q.stride()[:3], *local_output.stride()[:3], *mixed.stride()[:3],
-            length, offset, segments, parts, segment_length, heads, eps, floor,
-            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=segment_length if parts == 1 else PART, SHARED_BY=heads // groups,
-            NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty, EXACT=exact,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-    return mixed
+    return mixed_by(
+        q, local_output, matrices, normalizers, beta, scale, bias, has_memory, offset, segment_length, mix_empty, eps, floor
+    )
 
 
 @read_and_mix.register_fake
@@ -129,76 +118,137 @@ def _(q, local_output, matrices, normalizers, beta, scale, bias, has_memory, off
     return local_output.new_empty(q.shape)
 
 
+def mixed_by(
+    q, local_output, matrices, normalizers, beta, scale, bias, has_memory,
+    offset, segment_length, mix_empty, eps, floor, tiles: Tiles | None = None,
+):  # fmt: skip
+    """`read_and_mix` with other tiles than the table's."""
+    batch, length, heads, dim = q.shape
+    q, local_output = last_axis_contiguous(q), last_axis_contiguous(local_output)
+    matrices, normalizers, has_memory = matrices.contiguous(), normalizers.contiguous(), as_bytes(has_memory)
+    mixed = torch.empty(q.shape, dtype=local_output.dtype, device=q.device)
+    segments, groups = matrices.shape[1:3]
+    exact, norm = is_exact(q, local_output), scale is not None
+    tiles = (tiles or Tiles.of("read", dim, segment_length, exact, shared_memory(q.device))).within(segment_length)
+    parts, part = tiles.parts(segment_length)
+    with on_device_of(q):
+        read_kernel[(batch * segments * parts * heads, tiles.wide_blocks)](
+            q, local_output, matrices, normalizers, beta, scale if norm else q, bias if norm else q,
+            q if has_memory is None else has_memory, mixed,
+            *q.stride()[:3], *local_output.stride()[:3], *mixed.stride()[:3],
+            length, offset, segments, parts, segment_length, heads, eps, floor,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, SHARED_BY=heads // groups, AHEAD=tiles.loop_stages,
+            TURNED=tiles.turned, NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty, EXACT=exact, **tiles.options,
+        )  # fmt: skip
+    return mixed
+
+
+@triton.jit
+def through_block(
+    d_mixed, local, d_local, d_token, local_token, dq_token, high, low, wide, tokens, valid, inside_wide, local_share, from_local, e,
+    BT: tl.constexpr, BD: tl.constexpr, TURNED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds what some columns of the mix's gradient say of the local output and of e; passes on the local output's share."""
+    dy = load_tile(d_mixed, d_token, tokens, wide, valid, inside_wide)
+    e += looked_up(dy, tl.trans(high), tl.trans(low), BT, BD, TURNED, EXACT)
+    near = load_tile(local, local_token, tokens, wide, valid, inside_wide)
+    passed = dy.to(tl.float32)
+    from_local += tl.sum(near.to(tl.float32) * passed, axis=1)
+    store_tile(d_local, dq_token, tokens, wide, valid, inside_wide, local_share * passed)
+    return dy, from_local, e
+
+
 @triton.jit(do_not_specialize=["length", "offset", "segments"])
 def read_backward_kernel(
     q, local, d_mixed, matrices, normalizers, beta, scale, bias, has_memory,
-    dq, d_local, weights, z_weights, d_beta, d_scale, d_bias,
+    dq, d_local, weights, z_weights, d_matrices, d_normalizers, d_beta, d_scale, d_bias,
     q_batch, q_token, q_head, local_batch, local_token, local_head, d_batch, d_token, d_head, dq_batch, dq_token, dq_head,
     length, offset, segments, parts, segment_length, heads, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, SHARED_BY: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, FUSED: tl.constexpr, TURNED: tl.constexpr,
     NORM: tl.constexpr, MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: a part of one segment, one query head.
+    """One program: a part of one segment, HEADS query heads of one memory.
 
-    With g = sigma(q), u = g M, d = g.z, the mix is p u / d + l local. Left behind for the memory's gradient
-    dM = sum a g dmix^T, dz = sum c g are a = p / d and c = -p (u.dmix) / d^2; the gradient of g is a M dmix + c z.
+    With g = sigma(q), d = g.z, the mix is p g M / d + l local. Let e = M dmix: the gradient of g is a e + c z with a = p / d and
+    c = -p (g.e) / d^2, so that nothing is read again from M. The memory's gradient is dM = sum a g dmix^T, dz = sum c g: summed
+    here for the part if FUSED, otherwise a and c are left behind.
     """
-    program = tl.program_id(0)
-    head, part, segment = program % heads, program // heads % parts, program // heads // parts % segments
-    b = (program // heads // parts // segments).to(tl.int64)
+    program, units = tl.program_id(0), heads // HEADS
+    unit, part, segment = program % units, program // units % parts, program // units // parts % segments
+    b = (program // units // parts // segments).to(tl.int64)
     columns = tl.arange(0, BD)
     inside = columns < D
     first, last = tokens_of(segment, part, segment_length, PART, offset, length)
-    memory = (b * segments + segment) * (heads // SHARED_BY) + head // SHARED_BY
+    memory = (b * segments + segment) * (heads // SHARED_BY) + unit * HEADS // SHARED_BY
     z = tl.load(normalizers + memory * D + columns, mask=inside, other=0.0)
-    weight, share, local_share, asked = shares(beta, has_memory, head, b * segments + segment, MASKED, MIX_EMPTY)
-    query_scale, query_bias = load_scale(scale, bias, head, columns, inside, D, NORM)
-    scale_sum, bias_sum = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
-    beta_sum = tl.zeros([BT], tl.float32)
     if BV == BD:
         high, low = load_matrix(matrices + memory * D * D, columns, columns, inside, inside, D, EXACT)
-    for start in range(first, last, BT):
-        tokens = start + tl.arange(0, BT)
-        valid = tokens < last
-        x = load_tile(q + b * q_batch + head * q_head, q_token, tokens, columns, valid, inside)
-        normal, inverse = normalized(x, eps, D, NORM)
-        g = features(normal, query_scale, query_bias, valid, NORM)
-        denominator = tl.sum(rounded(g, EXACT) * z[None, :], axis=1)
-        held = denominator >= floor
-        denominator = tl.maximum(denominator, floor)
-        from_memory, from_local = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
-        dg = tl.zeros([BT, BD], tl.float32)
-        for block in tl.range(0, BD // BV, num_stages=1):
-            wide = block * BV + tl.arange(0, BV)
-            inside_wide = wide < D
-            if BV < BD:
-                high, low = load_matrix(matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
-            near = load_tile(local + b * local_batch + head * local_head, local_token, tokens, wide, valid, inside_wide)
-            dy = load_tile(d_mixed + b * d_batch + head * d_head, d_token, tokens, wide, valid, inside_wide)
-            found = matrix_product(g, high, low, tl.zeros([BT, BV], tl.float32), EXACT)
-            from_memory += tl.sum(found * dy, axis=1)
-            from_local += tl.sum(near * dy, axis=1)
-            store_tile(d_local + b * dq_batch + head * dq_head, dq_token, tokens, wide, valid, inside_wide, local_share * dy)
-            dg = matrix_product(dy, tl.trans(high), tl.trans(low), dg, EXACT)
-        # Where the memory is empty nothing of it may pass, finite or not.
+    if FUSED:
+        d_matrix, d_normalizer = tl.zeros([BV, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
+    for member in range(HEADS):
+        head = unit * HEADS + member
+        weight, share, local_share, asked = shares(beta, has_memory, head, b * segments + segment, MASKED, MIX_EMPTY)
         readable = share > 0
-        from_memory = tl.where(readable, from_memory / denominator, 0.0)
-        a = share / denominator
-        c = tl.where(held, -a * from_memory, 0.0)
-        place = (b * length + tokens) * heads + head
-        tl.store(weights + place, a, mask=valid)
-        tl.store(z_weights + place, c, mask=valid)
-        beta_sum += from_memory - from_local
-        dx = tl.where(readable, a[:, None] * dg + c[:, None] * z[None, :], 0.0) * tl.minimum(g, 1.0)
+        query_scale, query_bias = load_scale(scale, bias, head, columns, inside, D, NORM)
+        scale_sum, bias_sum = tl.zeros([ROWS, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
+        beta_sum = tl.zeros([BT], tl.float32)
+        for start in tl.range(first, last, BT, num_stages=AHEAD):
+            tokens = start + tl.arange(0, BT)
+            valid = tokens < last
+            x = load_tile(q + b * q_batch + head * q_head, q_token, tokens, columns, valid, inside)
+            normal, inverse = normalized(x, eps, D, NORM)
+            g = features(normal, query_scale, query_bias, valid, NORM)
+            seen = rounded(g, EXACT)
+            denominator = tl.sum(seen * z[None, :], axis=1)
+            held = denominator >= floor
+            denominator = tl.maximum(denominator, floor)
+            from_local = tl.zeros([BT], tl.float32)
+            e = tl.zeros([BT, BD], tl.float32)
+            d_at, near_at = d_mixed + b * d_batch + head * d_head, local + b * local_batch + head * local_head
+            d_local_at = d_local + b * dq_batch + head * dq_head
+            if BV == BD:
+                dy, from_local, e = through_block(
+                    d_at, near_at, d_local_at, d_token, local_token, dq_token, high, low, columns, tokens, valid, inside,
+                    local_share, from_local, e, BT, BD, TURNED, EXACT,
+                )  # fmt: skip
+            else:
+                for block in tl.range(0, BD // BV, num_stages=1):  # unrolled, all of the memory would be in registers
+                    wide = block * BV + tl.arange(0, BV)
+                    inside_wide = wide < D
+                    high, low = load_matrix(matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
+                    dy, from_local, e = through_block(
+                        d_at, near_at, d_local_at, d_token, local_token, dq_token, high, low, wide, tokens, valid, inside_wide,
+                        local_share, from_local, e, BT, BD, TURNED, EXACT,
+                    )  # fmt: skip
+            # Where the memory is empty nothing of it may pass, finite or not.
+            from_memory = tl.where(readable, tl.sum(seen * e, axis=1) / denominator, 0.0)
+            a = share / denominator
+            c = tl.where(held, -a * from_memory, 0.0)
+            if FUSED:
+                d_matrix = product(tl.trans(dy), a[:, None] * g, d_matrix, EXACT)
+                d_normalizer = add_rows(d_normalizer, c[:, None] * g, BT, ROWS, BD)
+            else:
+                place = (b * length + tokens) * heads + head
+                tl.store(weights + place, a, mask=valid)
+                tl.store(z_weights + place, c, mask=valid)
+            beta_sum += from_memory - from_local
+            dx = tl.where(readable, a[:, None] * e + c[:, None] * z[None, :], 0.0) * tl.minimum(g, 1.0)
+            if NORM:
+                scale_sum = add_rows(scale_sum, dx * normal, BT, ROWS, BD)
+                bias_sum = add_rows(bias_sum, dx, BT, ROWS, BD)
+            dx = through_norm(dx, normal, inverse, query_scale, D, NORM)
+            store_tile(dq + b * dq_batch + head * dq_head, dq_token, tokens, columns, valid, inside, dx)
+        at = ((b * segments + segment) * parts + part) * heads + head
+        tl.store(d_beta + at, asked * weight * (1.0 - weight) * tl.sum(beta_sum, axis=0))
         if NORM:
-            scale_sum += tl.sum(dx * normal, axis=0)
-            bias_sum += tl.sum(dx, axis=0)
-        dx = through_norm(dx, normal, inverse, query_scale, D, NORM)
-        store_tile(dq + b * dq_batch + head * dq_head, dq_token, tokens, columns, valid, inside, dx)
-    tl.store(d_beta + program, asked * weight * (1.0 - weight) * tl.sum(beta_sum, axis=0))
-    if NORM:
-        tl.store(d_scale + program.to(tl.int64) * D + columns, scale_sum, mask=inside)
-        tl.store(d_bias + program.to(tl.int64) * D + columns, bias_sum, mask=inside)
+            tl.store(d_scale + at * D + columns, tl.sum(scale_sum, axis=0), mask=inside)
+            tl.store(d_bias + at * D + columns, tl.sum(bias_sum, axis=0), mask=inside)
+    if FUSED:
+        here = program.to(tl.int64)
+        at = d_matrices + here * D * D + columns[None, :] * D + columns[:, None]
+        tl.store(at, d_matrix, mask=inside[None, :] & inside[:, None])
+        tl.store(d_normalizers + here * D + columns, tl.sum(d_normalizer, axis=0), mask=inside)
 
 
 @torch.library.custom_op("infini::read_and_mix_backward", mutates_args=())
@@ -219,33 +269,56 @@ def read_and_mix_backward(
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, local_output, matrices, normalizers, beta, scale and bias; empty where there was None."""
+    return gradients_by(
+        d_mixed, q, local_output, matrices, normalizers, beta, scale, bias, has_memory, offset, segment_length, mix_empty, eps, floor
+    )
+
+
+def gradients_by(
+    d_mixed, q, local_output, matrices, normalizers, beta, scale, bias, has_memory,
+    offset, segment_length, mix_empty, eps, floor, tiles: Tiles | None = None,
+):  # fmt: skip
+    """`read_and_mix_backward` with other tiles than the table's."""
     batch, length, heads, dim = q.shape
-    d_mixed, q, local_output = (_last_axis_contiguous(x) for x in (d_mixed, q, local_output))
-    matrices, normalizers, has_memory = matrices.contiguous(), normalizers.contiguous(), _bytes(has_memory)
+    d_mixed, q, local_output = (last_axis_contiguous(x) for x in (d_mixed, q, local_output))
+    matrices, normalizers, has_memory = matrices.contiguous(), normalizers.contiguous(), as_bytes(has_memory)
     segments, groups = matrices.shape[1:3]
-    exact, parts, norm = is_exact(q, local_output, d_mixed), parts_of(segment_length), scale is not None
-    tiles = Tiles.of("backward", dim, segment_length, exact, shared_memory(q.device))
+    exact, norm = is_exact(q, local_output, d_mixed), scale is not None
+    tiles = (tiles or Tiles.of("read_backward", dim, segment_length, exact, shared_memory(q.device))).within(segment_length)
+    parts, part = tiles.parts(segment_length)
     dq, d_local = (torch.empty(q.shape, dtype=x.dtype, device=q.device) for x in (q, local_output))
-    weights, z_weights = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    sums = (batch, segments, parts, heads)
-    d_beta = torch.empty(sums, dtype=torch.float32, device=q.device)
-    d_scale, d_bias = (torch.empty((*sums, dim) if norm else 0, dtype=torch.float32, device=q.device) for _ in range(2))
+
+    def fp32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    sums = (batch, segments * parts, heads)
+    d_beta, (d_scale, d_bias) = fp32(*sums), (fp32(*sums, dim) if norm else fp32(0) for _ in range(2))
+    nothing, fused, together = fp32(0), tiles.fused, heads // groups if tiles.fused else 1
+    weights, z_weights = (nothing, nothing) if fused else (fp32(*q.shape[:3]), fp32(*q.shape[:3]))
+    d_matrices, d_normalizers = nothing, nothing
+    if fused:
+        d_matrices = fp32(batch, segments * parts, groups, dim, dim)
+        d_normalizers = fp32(batch, segments * parts, groups, dim)
     with on_device_of(q):
-        read_backward_kernel[(batch * segments * parts * heads,)](
+        read_backward_kernel[(batch * segments * parts * (heads // together),)](
             q, local_output, d_mixed, matrices, normalizers, beta, scale if norm else q, bias if norm else q,
-            q if has_memory is None else has_memory, dq, d_local, weights, z_weights, d_beta, d_scale, d_bias,
+            q if has_memory is None else has_memory,
+            dq, d_local, weights, z_weights, d_matrices, d_normalizers, d_beta, d_scale, d_bias,
             *q.stride()[:3], *local_output.stride()[:3], *d_mixed.stride()[:3], *dq.stride()[:3],
             length, offset, segments, parts, segment_length, heads, eps, floor,
-            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=segment_length if parts == 1 else PART, SHARED_BY=heads // groups,
-            NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty, EXACT=exact,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, SHARED_BY=heads // groups,
+            HEADS=together, ROWS=tiles.rows, AHEAD=tiles.loop_stages, FUSED=fused,
+            TURNED=tiles.turned, NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty, EXACT=exact, **tiles.options,
         )  # fmt: skip
-    d_matrices, d_normalizers = sum_outer(
-        q, d_mixed, weights, z_weights, scale, bias, groups, offset, segments, segments, segment_length, eps
-    )
-    d_beta = d_beta.sum(dim=(0, 1, 2)).to(beta.dtype)
+    if not fused:
+        d_matrices, d_normalizers = sum_outer(
+            q, d_mixed, weights, z_weights, scale, bias, groups, offset, segments, segments, segment_length, eps
+        )
+    elif parts > 1:
+        d_matrices, d_normalizers = added_up(d_matrices, parts, segments), added_up(d_normalizers, parts, segments)
+    d_beta = d_beta.sum(dim=(0, 1)).to(beta.dtype)
     if norm:
-        d_scale, d_bias = d_scale.sum(dim=(0, 1, 2)).to(scale.dtype), d_bias.sum(dim=(0, 1, 2)).to(bias.dtype)
+        d_scale, d_bias = d_scale.sum(dim=(0, 1)).to(scale.dtype), d_bias.sum(dim=(0, 1)).to(bias.dtype)
     return dq, d_local, d_matrices, d_normalizers, d_beta, d_scale, d_bias
 
 
@@ -281,11 +354,3 @@ def _backward(ctx, d_mixed):
 
 
 read_and_mix.register_autograd(_backward, setup_context=_save)
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def _last_axis_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -52,7 +52,7 @@ def scan(additions: Tensor, first: Tensor, filled: int, in_place: bool = False, 
 @triton.jit(do_not_specialize=["segments", "filled", "mapped"])
 def affine_kernel(
     additions, grams, before, first, last, segments, filled, mapped,
-    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BV columns of one memory, through all segments. The maps mix rows alone, so columns know nothing of each other."""
     memory, groups = tl.program_id(0), tl.num_programs(0)
@@ -61,13 +61,14 @@ def affine_kernel(
     inside = (rows < D)[:, None] & (wide < D)[None, :]
     square = (rows < D)[:, None] & (rows < D)[None, :]
     place = rows[:, None] * D + wide[None, :]
+    turned = rows[None, :] * D + rows[:, None] if TRANSPOSED else rows[:, None] * D + rows[None, :]
     x = tl.load(first + (b * groups + memory) * D * D + place, mask=inside, other=0.0)
     for i in tl.range(0, segments, num_stages=STAGES):
         segment = segments - 1 - i if REVERSE else i
         at = ((b * segments + segment) * groups + memory) * D * D
         of_map = ((b * mapped + segment) * groups + memory) * D * D
         y = tl.load(additions + at + place, mask=inside & (segment < filled), other=0.0)
-        gram = tl.load(grams + of_map + rows[:, None] * D + rows[None, :], mask=square & (segment < mapped), other=0.0)
+        gram = tl.load(grams + of_map + turned, mask=square & (segment < mapped), other=0.0)
         tl.store(before + at + place, x, mask=inside)
         # A memory is a sum of thousands of pairs: fp32 whatever the inputs are.
         x = x + y - product(gram, x, tl.zeros([BD, BV], tl.float32), True)
@@ -75,14 +76,15 @@ def affine_kernel(
 
 
 def affine_scan(
-    additions: Tensor, grams: Tensor, first: Tensor, filled: int, in_place: bool = False, reverse: bool = False
+    additions: Tensor, grams: Tensor, first: Tensor, filled: int, in_place: bool = False, reverse: bool = False, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x_s = (I - G_s) x_{s-1} + addition_s over axis 1: every x_{s-1}, and the last x.
 
     Args:
         additions: fp32 `[b, segments, g, d, d]`, contiguous; from segment `filled` on nothing is added.
-        grams: G, symmetric, fp32 `[b, mapped, g, d, d]`, contiguous; 0 from segment `mapped` on.
+        grams: G, fp32 `[b, mapped, g, d, d]`, contiguous; 0 from segment `mapped` on.
         first, in_place, reverse: as in `scan`.
+        transposed: by G_s^T, as the gradient goes.
     """
     batch, segments, groups, dim = additions.shape[:4]
     first = first.contiguous()
@@ -92,6 +94,6 @@ def affine_scan(
     with on_device_of(additions):
         affine_kernel[(groups, triton.cdiv(dim, COLUMNS), batch)](
             additions, grams, before, first, last, segments, filled, grams.shape[1],
-            D=dim, BD=wide, BV=COLUMNS, REVERSE=reverse, STAGES=stages, num_warps=WARPS,
+            D=dim, BD=wide, BV=COLUMNS, REVERSE=reverse, TRANSPOSED=transposed, STAGES=stages, num_warps=WARPS,
         )  # fmt: skip
     return before, last

@@ -16,10 +16,13 @@ from triton.runtime.errors import OutOfResources as OutOfResources
 # the memory once.
 PART = 512
 
-# Bytes of shared memory of the GPUs with the most and the least of it that the tiles are made for.
-MUCH_SHARED, LITTLE_SHARED = 163 * 1024, 99 * 1024
+# Segments up to so many tokens are `short`, others `long`: of short ones the memories are as many bytes as the tokens.
+SHORT = 512
 
-# Kernel -> (BD, exact products) -> columns of a block, tokens, warps, stages. `infini.bench.tiles` times others.
+# Bytes of shared memory of the GPUs with the most and the least of it that the tiles are made for, and of Hopper's.
+MUCH_SHARED, LITTLE_SHARED, HOPPER_SHARED = 163 * 1024, 99 * 1024, 227 * 1024
+
+# Kernel -> (BD, exact products) -> columns of a block, tokens, warps, stages: what fits everywhere.
 TABLE = {
     "outer": {
         (16, False): (16, 64, 4, 2),
@@ -57,40 +60,129 @@ TABLE = {
         (128, True): (64, 16, 8, 1),
         (256, True): (32, 16, 8, 1),
     },
+} | {
+    # Of `deltanet` heads are up to 128 wide; the tokens are those of a chunk, the same for its first four kernels.
+    kernel: {(wide, exact): (min(wide, block), 32, warps, 1) for wide in (16, 32, 64, 128) for exact in (False, True)}
+    for kernel, block, warps in (
+        ("prepare", 128, 4),
+        ("map", 64, 4),
+        ("chunks_backward", 128, 8),
+        ("prepare_backward", 128, 8),
+        ("read_deltanet", 128, 8),
+    )
+}
+
+# (Kernel, BD, exact products, short or long) -> all of `Tiles` behind BD, for GPUs with the shared memory of Hopper: the fastest of
+# those that `infini.bench.tiles` timed.
+TUNED: dict[tuple[str, int, bool, str], tuple] = {
+    # results/benchmarks/h200/tiles/tiles.json; behind each its time over its floor there.
+    ("outer", 128, False, "long"): (128, 32, 8, 3, 512, 0, False, False, False),  # 1.28
+    ("read", 128, False, "long"): (128, 64, 4, 3, 1024, 0, False, False, False),  # 1.66
+    ("read_backward", 128, False, "long"): (128, 32, 8, 3, 2048, 0, True, True, True),  # 2.93
+    ("write_backward", 128, False, "long"): (128, 64, 4, 1, 2048, 0, False, False, False),  # 2.45
+    ("gram", 128, False, "long"): (128, 32, 8, 3, 512, 128, False, False, False),  # 2.47
+    ("gram_backward", 128, False, "long"): (128, 32, 4, 1, 1024, 168, False, False, True),  # 3.38
+    ("outer", 128, False, "short"): (128, 32, 4, 2, 512, 0, False, False, False),  # 1.90
+    ("read", 128, False, "short"): (128, 32, 8, 3, 256, 0, False, False, True),  # 1.91
+    ("read_backward", 128, False, "short"): (128, 32, 4, 2, 256, 0, True, False, True),  # 3.35
+    ("write_backward", 128, False, "short"): (128, 64, 8, 2, 512, 0, False, False, True),  # 3.77
+    ("gram", 128, False, "short"): (128, 32, 8, 3, 512, 128, False, False, False),  # timed with long segments only
+    ("gram_backward", 128, False, "short"): (128, 32, 4, 1, 1024, 168, False, False, True),  # timed with long segments only
+    # Not timed yet: chosen by counted registers, of which (almost) none spill.
+    **{("read", 256, False, kind): (64, 32, 8, 2, 512, 0, False, False, True) for kind in ("short", "long")},
+    **{("read_backward", 256, False, kind): (64, 16, 8, 1, 512, 0, False, False, True) for kind in ("short", "long")},
 }
 
 
 class Tiles(NamedTuple):
-    """BD: columns of a head, a power of two. BV: of these in one block. BT: tokens of a tile; `warps` and `stages` of a program."""
+    """How a kernel is cut up.
+
+    Attributes:
+        BD: columns of a head, a power of two.
+        BV: of these in one block.
+        BT: tokens of a tile.
+        warps, stages: of a program.
+        part: tokens of a segment that one program takes.
+        registers: at most so many for a thread, so that more programs run beside each other; 0: as many as it wants.
+        ahead: all tiles are loaded ahead, not only those that products take as they are.
+        fused: the backward pass of the read sums the memory's gradient itself, instead of leaving weights for another kernel.
+        turned: the memory gives products their rows, instead of the tokens.
+    """
 
     BD: int
     BV: int
     BT: int
     warps: int
     stages: int
+    part: int = PART
+    registers: int = 0
+    ahead: bool = False
+    fused: bool = False
+    turned: bool = False
 
     @classmethod
     def of(cls, kernel: str, dim: int, segment_length: int, exact: bool, shared_memory: int = MUCH_SHARED) -> Self:
         """For heads of `dim` numbers on a GPU whose programs may have so many bytes of shared memory.
 
         Args:
-            kernel: a key of `TABLE`; the gradients of read and write are both `backward`.
+            kernel: a key of `USES`.
         """
         wide = max(16, _power(dim))
-        block, tokens, warps, stages = TABLE[kernel][wide, exact]
+        tuned = TUNED.get((kernel, wide, exact, kind_of(segment_length)))
+        if tuned is not None and shared_memory >= HOPPER_SHARED:
+            return cls(wide, *tuned).within(segment_length)
+        block, tokens, warps, stages = TABLE[USES[kernel]][wide, exact]
         if shared_memory < MUCH_SHARED:
             block = min(block, 64)
-        return cls(wide, block, max(16, min(tokens, _power(segment_length))), warps, stages)
+        return cls(wide, block, tokens, warps, stages).within(segment_length)
+
+    def within(self, segment_length: int) -> Self:
+        """With no more tokens in a tile than a segment has."""
+        return self._replace(BT=max(16, min(self.BT, _power(segment_length))))
 
     @property
     def wide_blocks(self) -> int:
         """Blocks of a head."""
         return self.BD // self.BV
 
+    @property
+    def rows(self) -> int:
+        """Rows to which the sums over a tile's tokens are folded: as many as the threads cover at once, 8 numbers each."""
+        return max(1, min(self.BT, self.warps * 256 // self.BD))
 
-def parts_of(segment_length: int) -> int:
-    """Programs that share the tokens of one segment."""
-    return -(-segment_length // PART)
+    @property
+    def loop_stages(self) -> int | None:
+        """Of the loop over tokens; None: what the products need."""
+        return self.stages if self.ahead else None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
+
+    def parts(self, segment_length: int) -> tuple[int, int]:
+        """Programs that share the tokens of one segment, and the tokens of each."""
+        parts = -(-segment_length // self.part)
+        return parts, segment_length if parts == 1 else self.part
+
+
+DELTANET = ("prepare", "map", "chunks_backward", "prepare_backward", "read_deltanet")
+
+# Kernel -> its line in TABLE.
+USES = {"outer": "outer", "gram": "outer", "read": "read"}
+USES |= {name: name for name in DELTANET}
+USES |= dict.fromkeys(("read_backward", "write_backward", "gram_backward"), "backward")
+
+
+def widest_deltanet(exact: bool, shared_memory: int) -> int:
+    """The widest heads of `deltanet`: a program holds a memory and its gradient, for products in fp32's precision twice each."""
+    return 128 if shared_memory >= MUCH_SHARED and not exact else 64
+
+
+def kind_of(segment_length: int) -> str:
+    """`short` or `long`."""
+    return "short" if segment_length <= SHORT else "long"
 
 
 def is_exact(*operands: Tensor) -> bool:

@@ -10,18 +10,20 @@ from torch import Tensor
 
 from infini.kernels.outer import sum_outer
 from infini.kernels.parts import (
+    add_rows,
     features,
+    last_axis_contiguous,
     load_matrix,
     load_scale,
     load_tile,
-    matrix_product,
+    looked_up,
     normalized,
     store_tile,
     through_norm,
     tokens_of,
 )
 from infini.kernels.scan import scan
-from infini.kernels.tiles import PART, Tiles, is_exact, on_device_of, parts_of, shared_memory
+from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
 
 
 @torch.library.custom_op("infini::write_linear", mutates_args=())
@@ -82,9 +84,10 @@ def write_backward_kernel(
     k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head,
     length, offset, segments, slots, parts, segment_length, groups, eps,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, AHEAD: tl.constexpr, TURNED: tl.constexpr,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: a part of one segment of one memory. dv = f dM; the gradient of f is v dM^T + dz.
+    """One program: a part of one segment of one memory. dv = f dM; the gradient of f = w sigma is e = v dM^T + dz, that of w sigma.e.
 
     ADD: `dk` and `d_strength` hold a gradient of the features and of the strengths, which is added.
     """
@@ -97,10 +100,10 @@ def write_backward_kernel(
     memory = (b * slots + segment) * groups + group
     dz = tl.load(d_normalizers + memory * D + columns, mask=inside, other=0.0)
     key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
-    scale_sum, bias_sum = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    scale_sum, bias_sum = tl.zeros([ROWS, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
     if BV == BD:
         high, low = load_matrix(d_matrices + memory * D * D, columns, columns, inside, inside, D, EXACT)
-    for start in range(first, last, BT):
+    for start in tl.range(first, last, BT, num_stages=AHEAD):
         tokens = start + tl.arange(0, BT)
         valid = tokens < last
         x = load_tile(k + b * k_batch + group * k_head, k_token, tokens, columns, valid, inside)
@@ -111,18 +114,18 @@ def write_backward_kernel(
             place = (b * length + tokens) * groups + group
             w = tl.load(strength + place, mask=valid, other=0.0)
         d_sigma = tl.zeros([BT, BD], tl.float32) + dz[None, :]
-        dw = tl.sum(sigma * dz[None, :], axis=1)
         for block in tl.range(0, BD // BV, num_stages=1):
             wide = block * BV + tl.arange(0, BV)
             inside_wide = wide < D
             if BV < BD:
                 high, low = load_matrix(d_matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
             y = load_tile(v + b * v_batch + group * v_head, v_token, tokens, wide, valid, inside_wide)
-            read = matrix_product(sigma, high, low, tl.zeros([BT, BV], tl.float32), EXACT)
+            read = looked_up(sigma, high, low, BT, BV, TURNED, EXACT)
             store_tile(dv + b * dk_batch + group * dk_head, dk_token, tokens, wide, valid, inside_wide, w[:, None] * read)
-            dw += tl.sum(read * y, axis=1)
-            d_sigma = matrix_product(y, tl.trans(high), tl.trans(low), d_sigma, EXACT)
-        d_sigma *= w[:, None]
+            d_sigma += looked_up(y, tl.trans(high), tl.trans(low), BT, BD, TURNED, EXACT)
+        if WEIGHTED:
+            dw = tl.sum(sigma * d_sigma, axis=1)
+            d_sigma *= w[:, None]
         if ADD:
             d_sigma += load_tile(dk + b * dk_batch + group * dk_head, dk_token, tokens, columns, valid, inside)
         if WEIGHTED:
@@ -131,13 +134,13 @@ def write_backward_kernel(
             tl.store(d_strength + place, dw, mask=valid)
         dx = d_sigma * tl.minimum(sigma, 1.0)
         if NORM:
-            scale_sum += tl.sum(dx * normal, axis=0)
-            bias_sum += tl.sum(dx, axis=0)
+            scale_sum = add_rows(scale_sum, dx * normal, BT, ROWS, BD)
+            bias_sum = add_rows(bias_sum, dx, BT, ROWS, BD)
         dx = through_norm(dx, normal, inverse, key_scale, D, NORM)
         store_tile(dk + b * dk_batch + group * dk_head, dk_token, tokens, columns, valid, inside, dx)
     if NORM:
-        tl.store(d_scale + program.to(tl.int64) * D + columns, scale_sum, mask=inside)
-        tl.store(d_bias + program.to(tl.int64) * D + columns, bias_sum, mask=inside)
+        tl.store(d_scale + program.to(tl.int64) * D + columns, tl.sum(scale_sum, axis=0), mask=inside)
+        tl.store(d_bias + program.to(tl.int64) * D + columns, tl.sum(bias_sum, axis=0), mask=inside)
 
 
 @torch.library.custom_op("infini::write_linear_backward", mutates_args=())
@@ -192,16 +195,19 @@ def backward_of_sums(
     segment_length: int,
     eps: float,
     add: bool = False,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From the gradients of every segment's sums to dk, dv and d_strength, which are filled, and those of scale and bias.
 
     Args:
         d_matrices, d_normalizers: fp32 `[b, slots, g, d, d]` and `[b, slots, g, d]`.
         add: dk and d_strength hold gradients of features and strengths, which are added.
+        tiles: None: those of the table.
     """
     batch, length, groups, dim = k.shape
-    exact, parts, norm = is_exact(k, v), parts_of(segment_length), scale is not None
-    tiles = Tiles.of("backward", dim, segment_length, exact, shared_memory(k.device))
+    exact, norm = is_exact(k, v), scale is not None
+    tiles = (tiles or Tiles.of("write_backward", dim, segment_length, exact, shared_memory(k.device))).within(segment_length)
+    parts, part = tiles.parts(segment_length)
     sums = (batch, written, parts, groups, dim) if norm else (0,)
     d_scale, d_bias = (torch.empty(sums, dtype=torch.float32, device=k.device) for _ in range(2))
     with on_device_of(k):
@@ -210,8 +216,8 @@ def backward_of_sums(
             d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
             *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
             length, offset, written, d_matrices.shape[1], parts, segment_length, groups, eps,
-            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=segment_length if parts == 1 else PART,
-            NORM=norm, WEIGHTED=strength is not None, ADD=add, EXACT=exact, num_warps=tiles.warps, num_stages=tiles.stages,
+            D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
+            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, ADD=add, EXACT=exact, **tiles.options,
         )  # fmt: skip
     if norm:
         d_scale, d_bias = d_scale.sum(dim=(0, 1, 2)).to(scale.dtype), d_bias.sum(dim=(0, 1, 2)).to(bias.dtype)
@@ -256,8 +262,3 @@ def _backward(ctx, d_before, dz_before, d_after, dz_after):
 
 
 write_linear.register_autograd(_backward, setup_context=_save)
-
-
-def last_axis_contiguous(x: Tensor) -> Tensor:
-    """As the kernels read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()

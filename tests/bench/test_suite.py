@@ -8,7 +8,7 @@ import torch
 
 from infini import InfiniConfig, InfiniTransformer, InputError
 from infini.attention import InfiniAttention
-from infini.bench import attend, clock, curve, memory, shipped, suite, trial
+from infini.bench import alone, attend, clock, curve, memory, shipped, suite, trial
 from infini.bench.memory import MemoryCase, Shape
 from infini.bench.suite import BenchSettings, run
 from infini.bench.trial import Ceilings, Trial, measure
@@ -17,9 +17,11 @@ from infini.report.record import read_record
 from infini.report.render import render
 
 pytest.importorskip("triton")
+from infini.kernels.tiles import TUNED, USES, Tiles  # noqa: E402
+
 SHAPES = (Shape(1, 16, 8, 2, 1, 16),)
 SMALL = BenchSettings(
-    parts=("layer", "full", "step", "prefill", "local", "memory", "curve"),
+    parts=("layer", "kernels", "full", "step", "prefill", "local", "memory", "curve"),
     rules=("linear",),
     backends=("triton", "torch"),
     compiled=(False,),
@@ -41,6 +43,7 @@ SMALL = BenchSettings(
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(memory, "SHAPES", SHAPES)
+    monkeypatch.setattr(alone, "SHAPES", ())
     monkeypatch.setattr(memory.trials, "__defaults__", (SHAPES, memory.BACKENDS))
     monkeypatch.setattr(curve.Run, "ROWS", 1)
     monkeypatch.setattr(curve.Run, "SEGMENTS", 2)
@@ -180,7 +183,7 @@ def test_a_compiled_memory_is_compared_and_timed(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"parts": ("laier",)}, "parts is 'laier'; it must be one of layer, full, step"),
+        ({"parts": ("laier",)}, "parts is 'laier'; it must be one of layer, kernels, full, step"),
         ({"tokens": 20}, "tokens is 20; it must be whole segments of segment_length = 8"),
         ({"lengths": (8, 12)}, "lengths is 12"),
         ({"repeats": 0}, "repeats is 0; it must be at least 1"),
@@ -192,11 +195,50 @@ def test_settings_that_make_no_sense_are_refused(changes, words):
         dataclasses.replace(SMALL, **changes)
 
 
-def test_tiles_are_timed_and_the_table_is_left_alone(kernel_device):
-    from infini.bench.tiles import tune
-    from infini.kernels.tiles import TABLE
+@pytest.mark.parametrize("variant", ["gated", "delta", "deltanet"])
+def test_every_kernel_alone_equals_its_plain_twin(variant, kernel_device):
+    """Also with other tiles, in every way that a kernel has."""
+    case = alone.Case(Shape(1, 64, 32, 4, 2, 16, variant), kernel_device)
+    for name, piece in case.pieces().items():
+        piece.agree()
+        if piece.table:
+            piece.agree(Tiles(16, 16, 16, 4, 2, part=16, ahead=True, fused=name == "read_backward", turned=True))
+        if name == "chunks_backward":  # compared as a part of write_backward
+            continue
+        wrong = dataclasses.replace(piece, launch=lambda tiles, piece=piece: {key: 1.1 * x for key, x in piece.launch(tiles).items()})
+        with pytest.raises(AssertionError, match=name):
+            wrong.agree()
 
-    before = {kernel: dict(table) for kernel, table in TABLE.items()}
-    found = tune(SHAPES[0], kernel_device, [(16, 16, 4, 1), (16, 32, 4, 1)], repeats=1)
-    assert set(found) == set(TABLE) and all(len(timed) == 2 and timed == sorted(timed) for timed in found.values())
-    assert before == TABLE
+
+def test_the_tuner_times_what_agrees_and_nothing_else(kernel_device, monkeypatch):
+    from infini.bench import tiles
+
+    good, bad = Tiles(16, 16, 32, 4, 1), Tiles(16, 16, 16, 4, 1)
+    honest, kept = alone.prove, {}
+    monkeypatch.setattr(alone, "prove", lambda job, device: "numbers" if job[2] == bad else honest(job, device))
+    kernels = {"a read": (Shape(1, 64, 32, 2, 1, 16), "read"), "a write": (Shape(1, 64, 32, 2, 1, 16), "write")}
+    before = dict(TUNED)
+    tiles.tune(kernels, kernel_device, Ceilings(1e9, 1e12), kept.__setitem__, 0, [good, bad], repeats=1)
+    for result in kept.values():
+        found = [Tiles(*way) for _, way in result["timed"]]
+        assert good in found and bad not in found and result["refused"] == {"numbers": 1}
+        assert [took for took, _ in result["timed"]] == sorted(took for took, _ in result["timed"])
+        assert {way.registers for way in found} == {0, 128, 168} and all(way.BT == 32 for way in found)
+    assert eval("{" + tiles.line_of(kept["a write"], "here").partition(" #")[0] + "}").keys() == {("outer", 16, False, "short")}
+    assert before == TUNED
+
+
+def test_candidates_are_few_and_all_different():
+    from infini.bench.tiles import candidates
+
+    for wide in (64, 128, 256):
+        for kernel in USES:
+            tries = list(candidates(kernel, wide))
+            assert 2 <= len(tries) == len(set(tries)) <= 80 and all(one.BD == wide and one.BV <= wide for one in tries)
+
+
+def test_kernels_are_compiled_by_other_processes(tmp_path):
+    """One that fails there is a reason here, not an end."""
+    shape = Shape(1, 16, 8, 1, 1, 16)
+    ((job, why),) = alone.prove_all([(shape, "nothing", None)], torch.device("cpu"), workers=1, seconds=60)
+    assert job == (shape, "nothing", None) and why.startswith("KeyError")

@@ -11,35 +11,47 @@ from triton.compiler import ASTSource
 
 from infini.kernels.choice import LARGEST_HEAD
 from infini.kernels.delta import gram_backward_kernel, gram_kernel
+from infini.kernels.deltanet import chunks_backward_kernel, map_kernel, prepare_backward_kernel, prepare_kernel
 from infini.kernels.outer import outer_kernel
 from infini.kernels.read import read_backward_kernel, read_kernel
+from infini.kernels.read_deltanet import read_deltanet_backward_kernel, read_deltanet_kernel
 from infini.kernels.scan import COLUMNS, WARPS, affine_kernel, scan_kernel
-from infini.kernels.tiles import MUCH_SHARED, Tiles
+from infini.kernels.tiles import DELTANET, MUCH_SHARED, Tiles, widest_deltanet
 from infini.kernels.write import write_backward_kernel
 
 KERNELS = {
     "outer": (outer_kernel, "outer"),
     "read": (read_kernel, "read"),
-    "read_backward": (read_backward_kernel, "backward"),
-    "write_backward": (write_backward_kernel, "backward"),
+    "read_backward": (read_backward_kernel, "read_backward"),
+    "write_backward": (write_backward_kernel, "write_backward"),
     "scan": (scan_kernel, "outer"),
-    "gram": (gram_kernel, "outer"),
-    "gram_backward": (gram_backward_kernel, "backward"),
+    "gram": (gram_kernel, "gram"),
+    "gram_backward": (gram_backward_kernel, "gram_backward"),
     "affine": (affine_kernel, "outer"),
 }
+KERNELS |= {
+    "prepare": (prepare_kernel, "prepare"),
+    "map": (map_kernel, "map"),
+    "chunks_backward": (chunks_backward_kernel, "chunks_backward"),
+    "prepare_backward": (prepare_backward_kernel, "prepare_backward"),
+    "read_deltanet": (read_deltanet_kernel, "read_deltanet"),
+    "read_deltanet_backward": (read_deltanet_backward_kernel, "read_deltanet"),
+}
 DELTA = {"gram", "gram_backward", "affine"}
+OF_DELTANET = {*DELTANET, "read_deltanet_backward"}
 INPUTS = {"x", "y", "k", "v", "q", "local", "mixed", "d_mixed", "dk", "dv", "dq", "d_local"}
-NUMBERS = {"length", "offset", "segments", "slots", "parts", "segment_length", "groups", "heads", "filled", "mapped", "pieces", "columns"}
+NUMBERS = {"length", "offset", "segments", "slots", "parts", "segment_length", "groups", "heads", "filled", "mapped", "pieces", "columns", "chunks"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def compiled(name, dim, dtype, capability, shared):
+def compiled(name, dim, dtype, capability, shared, tiles=None):
     kernel, tiles_of = KERNELS[name]
     exact = dtype != "bfloat16"
-    tiles = Tiles.of(tiles_of, dim, 256, exact, shared)
-    choices = {"D": dim, "BD": tiles.BD, "BV": tiles.BV, "BT": tiles.BT, "PART": 256, "SHARED_BY": 2, "NORM": True}
+    tiles = tiles or Tiles.of(tiles_of, dim, 256, exact, shared)
+    choices = {"D": dim, "BD": tiles.BD, "BV": tiles.BV, "BT": tiles.BT, "PART": 256, "SHARED_BY": 2, "NORM": True, "N": tiles.BT}
+    choices |= {"ROWS": tiles.rows, "AHEAD": tiles.loop_stages, "FUSED": tiles.fused, "TURNED": tiles.turned, "HEADS": 2 if tiles.fused else 1}
     choices |= {"WEIGHTS": 2, "WEIGHTED": True, "MASKED": True, "MIX_EMPTY": False, "EXACT": exact}
-    choices |= {"REVERSE": False, "BLOCK": 256, "ADD": True, "STAGES": 2 if tiles.BD < 128 or shared >= MUCH_SHARED else 1}
+    choices |= {"REVERSE": False, "TRANSPOSED": True, "BLOCK": 256, "ADD": True, "STAGES": 2 if tiles.BD < 128 or shared >= MUCH_SHARED else 1}
     warps = WARPS if name == "affine" else tiles.warps
     if name == "affine":
         choices["BV"] = COLUMNS
@@ -61,7 +73,7 @@ def compiled(name, dim, dtype, capability, shared):
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": tiles.stages}
+        source, target=GPUTarget("cuda", capability, 32), options={**tiles.options, "num_warps": warps}
     )
 
 
@@ -71,6 +83,8 @@ def main(capability, shared, *cases):
         dim, dtype = case.split(":")
         for name in KERNELS:
             if name in DELTA and int(dim) > LARGEST_HEAD["delta"]:
+                continue
+            if name in OF_DELTANET and int(dim) > widest_deltanet(dtype != "bfloat16", int(shared)):
                 continue
             needed = compiled(name, int(dim), dtype, int(capability), int(shared)).metadata.shared
             wrong += needed > int(shared)

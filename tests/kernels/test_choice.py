@@ -12,6 +12,7 @@ from infini.testing import assert_witnessed
 
 CASE = {"update_rule": "linear", "feature_map": "elu", "head_dim": 64, "uniform": True, "traced": False}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GATED = {"update_rule": "deltanet", "feature_map": "none", "write_gate": True, "local_attention": "sliding"}
 LONG = {"write_gate": True, "qk_norm": True, "local_attention": "sliding"}
 
 
@@ -33,6 +34,7 @@ def make(backend, device, **changes):
         ({"update_rule": "delta", "head_dim": 130}, torch.float32, "128 wide with update_rule 'delta', not 130"),
         ({"feature_map": "dpfp"}, torch.float32, "not for 'linear' with 'dpfp'"),
         ({"head_dim": 258}, torch.float32, "256 wide with update_rule 'linear', not 258"),
+        ({"update_rule": "deltanet", "head_dim": 130}, torch.float32, "128 wide with update_rule 'deltanet', not 130"),
         ({"uniform": False}, torch.float32, "rows differ in length"),
         ({"traced": True}, torch.float32, "statistics"),
         ({}, torch.float64, "not torch.float64"),
@@ -79,10 +81,12 @@ class Spy:
     """Counts calls of the operators."""
 
     def __init__(self, monkeypatch):
-        from infini.kernels import delta, read, write
+        from infini.kernels import delta, deltanet, read, read_deltanet, write
 
         self.calls = {"read": 0, "write": 0}
-        for name, module, function in (("read", read, "read_and_mix"), ("write", write, "write_linear"), ("write", delta, "write_delta")):
+        operators = [("read", read, "read_and_mix"), ("write", write, "write_linear"), ("write", delta, "write_delta")]
+        operators += [("read", read_deltanet, "read_deltanet"), ("write", deltanet, "write_deltanet")]
+        for name, module, function in operators:
             monkeypatch.setattr(module, function, self.counted(name, getattr(module, function)))
 
     def counted(self, name, function):
@@ -93,7 +97,7 @@ class Spy:
         return call
 
 
-@pytest.mark.parametrize("changes", [{}, LONG, {"update_rule": "delta"} | LONG], ids=["paper", "long", "delta"])
+@pytest.mark.parametrize("changes", [{}, LONG, {"update_rule": "delta"} | LONG, GATED], ids=["paper", "long", "delta", "deltanet"])
 def test_logits_state_and_gradients_of_a_model(changes, kernel_device, monkeypatch):
     """A first piece that ends inside a segment, then one that fills it and opens another."""
     spy = Spy(monkeypatch)
@@ -104,10 +108,12 @@ def test_logits_state_and_gradients_of_a_model(changes, kernel_device, monkeypat
         rest, state = model(tokens[:, 23:], state)
         logits = torch.cat([first, rest], dim=1)
         layer = state.layers[1].memory
-        loss = logits.double().square().mean() + layer.matrix.double().mean() + layer.normalizer.double().mean()
+        loss = logits.double().square().mean() + layer.matrix.double().mean()
+        state_of = {name: x for name, x in zip("Mz", layer, strict=True) if x is not None}
+        loss = loss + sum(x.double().mean() for x in state_of.values())
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-        return {"logits": logits, "M": layer.matrix, "z": layer.normalizer} | gradients
+        return {"logits": logits} | state_of | gradients
 
     found = run(make("triton", kernel_device, **changes))
     assert spy.calls == {"read": 4, "write": 4}
@@ -133,12 +139,12 @@ def test_token_by_token(kernel_device, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
 def test_the_map_that_a_text_lays_on_the_memory(rule, kernel_device):
-    """Begins inside a segment and on an empty memory, whose first write erases nothing."""
+    """It begins inside a segment; of `delta` the first write of an empty memory erases nothing."""
     tokens, found = torch.randint(256, (2, 61), device=kernel_device), {}
     for backend in ("triton", "torch"):
-        model, state, found[backend] = make(backend, kernel_device, **LONG | {"update_rule": rule}), None, []
+        model, state, found[backend] = make(backend, kernel_device, **GATED if rule == "deltanet" else LONG | {"update_rule": rule}), None, []
         for piece in tokens.split([7, 40, 2, 12], dim=1):
             maps = {}
             _, state = model(piece, state, maps=maps)
@@ -149,7 +155,7 @@ def test_the_map_that_a_text_lays_on_the_memory(rule, kernel_device):
         else:
             identity = torch.eye(16, device=kernel_device).expand(2, 1, 16, 16)
             torch.testing.assert_close(identity if mine is None else mine, identity if other is None else other)
-    if rule == "delta":
+    if rule != "linear":
         assert not torch.allclose(found["triton"][2], identity)
 
 
@@ -187,13 +193,13 @@ def test_under_autocast_the_state_is_fp32(kernel_device):
 @pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 @pytest.mark.parametrize(
     ("dynamic", "lengths", "rule"),
-    [(False, [35], "linear"), (False, [35], "delta"), pytest.param(True, [35, 52], "linear", marks=pytest.mark.slow)],
-    ids=["one-length", "delta", "any-length"],  # any length is a minute: shapes are symbols
+    [(False, [35], "linear"), (False, [35], "delta"), (False, [35], "deltanet"), pytest.param(True, [35, 52], "linear", marks=pytest.mark.slow)],
+    ids=["one-length", "delta", "deltanet", "any-length"],  # any length is a minute: shapes are symbols
 )
 def test_a_block_compiles_to_one_graph(dynamic, lengths, rule, kernel_device):
     """Forward and backward."""
-    plain = make("triton", kernel_device, num_hidden_layers=1, update_rule=rule, **LONG)
-    compiled = make("triton", kernel_device, num_hidden_layers=1, update_rule=rule, **LONG)
+    changes = {"num_hidden_layers": 1} | (GATED if rule == "deltanet" else LONG | {"update_rule": rule})
+    plain, compiled = (make("triton", kernel_device, **changes) for _ in range(2))
     compiled.blocks[0].compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for length in lengths:
         tokens, found = torch.randint(256, (1, length), device=kernel_device), []
@@ -201,6 +207,6 @@ def test_a_block_compiles_to_one_graph(dynamic, lengths, rule, kernel_device):
             model.zero_grad()
             logits, _ = model(tokens)
             logits.square().mean().backward()
-            found.append((logits, model.blocks[0].attention.key_scale.grad))
+            found.append((logits, model.blocks[0].attention.k_proj.weight.grad))
         for mine, other in zip(*found, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)

@@ -10,8 +10,12 @@ from infini.layers.norm import rms_normalize
 from infini.testing import assert_witnessed
 
 pytest.importorskip("triton")
+from infini.kernels import tiles  # noqa: E402
 from infini.kernels.delta import write_delta  # noqa: E402
+from infini.kernels.deltanet import write_deltanet  # noqa: E402
 from infini.kernels.read import read_and_mix  # noqa: E402
+from infini.kernels.read_deltanet import read_deltanet  # noqa: E402
+from infini.kernels.tiles import shared_memory, widest_deltanet  # noqa: E402
 from infini.kernels.write import write_linear  # noqa: E402
 
 EPS, FLOOR = 1e-6, memory.DENOMINATOR_FLOOR
@@ -66,8 +70,11 @@ class Case:
             "v": random(self.rows, line, self.groups, self.dim),
             "beta": random(self.heads, to=torch.float32),
             "M": random(self.rows, self.groups, self.dim, self.dim, to=torch.float32) * self.started,
-            "z": (random(self.rows, self.groups, self.dim, to=torch.float32).abs() + 1) * self.started,
         }
+        if self.rule == "deltanet":
+            made["read_norm"] = random(self.dim, to=torch.float32, scale=0.3, shift=1.0)
+        else:
+            made["z"] = (random(self.rows, self.groups, self.dim, to=torch.float32).abs() + 1) * self.started
         if self.gate:
             made["w"] = random(self.rows, line, self.groups, to=torch.float32).sigmoid()
         if self.norm:
@@ -80,6 +87,13 @@ class Case:
 def by_kernels(case, leaves):
     get = leaves.get
     has = case.has_memory(leaves["q"].device)
+    if case.rule == "deltanet":
+        M, M_after = leaves["M"].unsqueeze(1), leaves["M"]
+        if case.written:
+            given = (leaves["k"], leaves["v"], get("w"), leaves["M"])
+            M, M_after, _ = write_deltanet(*given, case.offset, case.written, case.segments, case.segment)
+        given = (leaves["q"], leaves["local"], M, leaves["read_norm"], leaves["beta"], has)
+        return {"mixed": read_deltanet(*given, -case.opened, case.segment, case.mix_empty, EPS), "M": M_after}
     M, z, M_after, z_after = leaves["M"].unsqueeze(1), leaves["z"].unsqueeze(1), leaves["M"], leaves["z"]
     if case.written:
         given = (leaves["k"], leaves["v"], get("w"), get("key_scale"), get("key_bias"), leaves["M"], leaves["z"])
@@ -99,6 +113,8 @@ def by_torch(case, leaves):
     full = {name: x.to(torch.promote_types(torch.float32, x.dtype)) for name, x in leaves.items()}
 
     def sigma(x, which):
+        if case.rule == "deltanet":
+            return memory.unit(x)
         if case.norm:
             x = rms_normalize(x, EPS) * full[f"{which}_scale"] + full[f"{which}_bias"]
         return memory.feature_map(x, "elu")
@@ -112,14 +128,16 @@ def by_torch(case, leaves):
     q, local = grid(full["q"], case.opened), grid(full["local"], case.opened)
     has = case.has_memory(q.device)
     written = (torch.arange(case.segments, device=q.device) < case.written).expand(case.rows, -1)
-    initial = memory.MemoryState(full["M"], full["z"])
+    initial = memory.MemoryState(full["M"], full.get("z"))
     before, after = memory.write_segments(case.rule, initial, sigma(k, "key"), w, v, written, has_memory=has)
     read = memory.retrieve(sigma(q, "query"), *before)
+    if case.rule == "deltanet":
+        read = rms_normalize(read, EPS) * full["read_norm"]
     if case.mix_empty and has is not None:
         read, has = read * has[:, :, None, None, None], None
     mixed = memory.mix(full["beta"], read, local, has).flatten(1, 2)
     mixed = mixed[:, case.opened : case.opened + case.tokens].to(leaves["local"].dtype)
-    return {"mixed": mixed, "M": after.matrix, "z": after.normalizer}
+    return {"mixed": mixed, "M": after.matrix} | ({} if after.normalizer is None else {"z": after.normalizer})
 
 
 def by_reference(case, leaves):
@@ -135,13 +153,16 @@ def by_reference(case, leaves):
     for b in range(case.rows):
         heads = {}
         for g in range(case.groups):
-            M, z, empty = x["M"][b, g], x["z"][b, g], not case.started
+            M, z, empty = x["M"][b, g], None if case.rule == "deltanet" else x["z"][b, g], not case.started
             for s in range(case.segments):
                 first = s * case.segment - case.opened
                 new = slice(max(0, first), min(case.tokens, first + case.segment))
                 for h in range(g * case.heads // case.groups, (g + 1) * case.heads // case.groups):
                     out = x["local"][b, new, h]
-                    if not empty:
+                    if not empty and case.rule == "deltanet":
+                        read = reference.retrieve_deltanet(x["q"][b, new, h], M, EPS) * x["read_norm"]
+                        out = reference.gate(x["beta"][h], read, out)
+                    elif not empty:
                         out = reference.gate(x["beta"][h], reference.retrieve(sigma(x["q"][b, new, h], "query", h), M, z), out)
                     elif case.mix_empty:
                         out = reference.gate(x["beta"][h], torch.zeros_like(out), out)
@@ -150,15 +171,19 @@ def by_reference(case, leaves):
                     old = slice(first + case.history, first + case.history + case.segment)
                     w = x["w"][b, old, g] if case.gate else torch.ones(case.segment, dtype=torch.float64)
                     keys, values = sigma(x["k"][b, old, g], "key", g), x["v"][b, old, g]
-                    if case.rule == "linear":
+                    if case.rule == "deltanet":
+                        M = reference.update_deltanet(x["k"][b, old, g], w, values, M)
+                    elif case.rule == "linear":
                         M, z = reference.update_linear(keys, w, values, M, z)
                     else:
                         M, z = reference.update_delta(keys, w, values, M, z, empty)
                     empty = False
             states.append((M, z))
         rows.append(torch.stack([torch.cat(heads[h]) for h in range(case.heads)], dim=1))
-    M, z = (torch.stack(part).unflatten(0, (case.rows, case.groups)) for part in zip(*states, strict=True))
-    return {"mixed": torch.stack(rows), "M": M, "z": z}
+    found = dict(zip("Mz", zip(*states, strict=True), strict=True))
+    if case.rule == "deltanet":
+        del found["z"]
+    return {"mixed": torch.stack(rows)} | {name: torch.stack(part).unflatten(0, (case.rows, case.groups)) for name, part in found.items()}
 
 
 def with_gradients(way, case, leaves):
@@ -188,6 +213,12 @@ CASES = {
     "many-parts": Case(16, heads=1, groups=1, segment=1026, tokens=1050, history=1030, opened=50),
 }
 CASES |= {f"delta-{name}": replace(case, rule="delta") for name, case in CASES.items() if name != "wide-blocks"}
+CASES |= {
+    f"deltanet-{name}": replace(CASES[name], rule="deltanet", norm=False) for name in ("paper", "long", "open-both-ends", "uneven-head")
+}
+CASES["deltanet-inside-one-segment"] = replace(CASES["inside-one-segment"], rule="deltanet", norm=False)
+CASES["deltanet-mix-empty"] = replace(CASES["mix-empty"], rule="deltanet", norm=False)
+CASES["deltanet-chunks"] = Case(16, heads=2, groups=2, segment=75, tokens=160, history=20, opened=9, norm=False, rule="deltanet")
 CASES["delta-widest"] = Case(128, heads=1, groups=1, tokens=40, segment=16, rule="delta")
 
 
@@ -195,6 +226,7 @@ CASES["delta-widest"] = Case(128, heads=1, groups=1, tokens=40, segment=16, rule
 RUNS = [(name, "float32") for name in CASES]
 RUNS += [("long", "bfloat16"), ("open-both-ends", "bfloat16"), ("wide-blocks", "bfloat16"), ("open-both-ends", "float16")]
 RUNS += [(f"delta-{name}", "bfloat16") for name in ("long", "open-both-ends", "widest")] + [("delta-open-both-ends", "float16")]
+RUNS += [("deltanet-chunks", "bfloat16"), ("deltanet-long", "bfloat16"), ("deltanet-open-both-ends", "float16")]
 
 
 @pytest.mark.parametrize(("name", "dtype"), RUNS)
@@ -206,6 +238,17 @@ def test_equals_the_reference(name, dtype, kernel_device):
     for key, true in oracle.items():
         assert fast[key].dtype == plain[key].dtype, key
         assert_witnessed(key, fast[key], plain[key], true, dtype)
+
+
+@pytest.mark.parametrize("name", ["long", "open-both-ends", "mix-empty", "delta-long"])
+def test_other_ways_of_a_kernel_equal_the_reference(name, kernel_device, monkeypatch):
+    """Turned products, loads ahead, many parts, and the memory's gradient summed by the read's backward kernel itself."""
+    wide = CASES[name].dim
+    monkeypatch.setattr(tiles, "HOPPER_SHARED", 0)
+    for kernel in ("read", "read_backward", "write_backward", "gram_backward"):
+        way = (wide, 16, 4, 1, 16, 0, True, kernel == "read_backward", True)
+        monkeypatch.setitem(tiles.TUNED, (kernel, wide, True, "short"), way)
+    test_equals_the_reference(name, "float32", kernel_device)
 
 
 def test_a_needle_in_a_heavy_memory_is_read_in_bf16(kernel_device):
@@ -245,15 +288,15 @@ def test_strided_inputs_are_read_in_place(kernel_device):
         assert torch.equal(x, found[key])
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
 def test_a_backward_pass_under_autocast_is_no_other(rule, kernel_device):
-    case = replace(CASES["fills-exactly"], rule=rule)
+    case = replace(CASES["fills-exactly"], rule=rule, norm=False)
     leaves = {name: x.requires_grad_() for name, x in case.leaves(torch.float32, kernel_device).items()}
     found = []
     for enabled in (False, True):
         mixed = by_kernels(case, leaves)["mixed"]
         with torch.autocast(kernel_device.type, dtype=torch.bfloat16, enabled=enabled):
-            found.append(torch.autograd.grad(mixed.sum(), [leaves["k"], leaves["v"], leaves["M"], leaves["z"]]))
+            found.append(torch.autograd.grad(mixed.sum(), [leaves["k"], leaves["v"], leaves["M"]]))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
@@ -265,10 +308,14 @@ def arguments(device):
     has = torch.tensor([[False, True, True]], device=device)
     read = (x["q"], x["local"], *memories, x["beta"], x["query_scale"], x["query_bias"], has, 0, 8, False, EPS, FLOOR)
     delta = (*write[:7], has, *write[7:], FLOOR)
-    return {"write": (write_linear, write), "delta": (write_delta, delta), "read": (read_and_mix, read)}
+    deltanet = (*write[:3], x["M"], *write[7:-1])
+    M = write_deltanet(*deltanet)[0].detach().requires_grad_()
+    looks = (x["q"], x["local"], M, x["query_scale"][0].detach().requires_grad_(), x["beta"], has, 0, 8, False, EPS)
+    found = {"write": (write_linear, write), "delta": (write_delta, delta), "read": (read_and_mix, read)}
+    return found | {"deltanet": (write_deltanet, deltanet), "read_deltanet": (read_deltanet, looks)}
 
 
-@pytest.mark.parametrize("which", ["write", "delta", "read"])
+@pytest.mark.parametrize("which", ["write", "delta", "read", "deltanet", "read_deltanet"])
 @pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 def test_operators_are_registered_in_full(which, kernel_device):
     """Schema, fake tensors, autograd, and both traced with symbols for shapes."""
@@ -284,7 +331,8 @@ GPU_CASES = {
     "wide": Case(256, heads=4, groups=1, segment=512, tokens=4096, started=False),
     "long-segment": Case(128, heads=2, groups=1, segment=8192, tokens=20000, history=8191, opened=5000),
 }
-GPU_CASES |= {f"delta-{name}": replace(case, rule="delta") for name, case in GPU_CASES.items() if name != "wide"}
+GPU_CASES |= {f"deltanet-{name}": replace(case, rule="deltanet", norm=False) for name, case in GPU_CASES.items() if name != "wide"}
+GPU_CASES |= {f"delta-{name}": replace(case, rule="delta") for name, case in GPU_CASES.items() if name != "wide" and case.rule == "linear"}
 
 
 @pytest.mark.gpu
@@ -293,6 +341,8 @@ GPU_CASES |= {f"delta-{name}": replace(case, rule="delta") for name, case in GPU
 def test_full_sizes_equal_the_plain_code(name, dtype):
     """The plain code in fp64 is the oracle here: loops over tokens would take hours."""
     case = GPU_CASES[name]
+    if case.rule == "deltanet" and case.dim > widest_deltanet(dtype != torch.bfloat16, shared_memory(torch.device("cuda"))):
+        pytest.skip("heads are too wide")
     leaves = case.leaves(dtype, torch.device("cuda"))
     fast, plain = (with_gradients(way, case, leaves) for way in (by_kernels, by_torch))
     oracle = with_gradients(by_torch, case, {key: x.double() for key, x in leaves.items()})
