@@ -207,40 +207,48 @@ class InfiniAttention(nn.Module):
     def _write_by_kernels(
         self, initial: MemoryState, k: Tensor, v: Tensor, strength: Tensor | None, plan: SegmentPlan
     ) -> tuple[MemoryState, MemoryState]:
-        """`_write` of uniform rows under the rules that have kernels."""
-        offset = plan.history - plan.opened
-        written = (k.shape[1] - offset) // plan.segment_length
-        if written == 0:
+        """`_write` under the rules that have kernels."""
+        if not plan.any_written and plan.fresh is None:
             return MemoryState(*(None if m is None else m.unsqueeze(1) for m in initial)), initial
+        if plan.uniform:
+            offset = plan.history - plan.opened
+            written = (k.shape[1] - offset) // plan.segment_length
+        else:
+            offset, written = 0, plan.segments
+        rows = (plan.writes, plan.fresh)  # None and None of uniform ones
         scale, bias = (self.key_scale, self.key_bias) if self.config.qk_norm else (None, None)
         if self.config.update_rule == "deltanet":
             from infini.kernels.deltanet import write_deltanet
 
-            M, M_after, _ = write_deltanet(k, v, strength, initial.matrix, offset, written, plan.segments, plan.segment_length)
+            M, M_after, _ = write_deltanet(
+                k, v, strength, initial.matrix, offset, written, plan.segments, plan.segment_length, *rows
+            )
             return MemoryState(M, None), MemoryState(M_after, None)
         places = (offset, written, plan.segments, plan.segment_length, self.config.rms_norm_eps)
         if self.config.update_rule == "linear":
             from infini.kernels.write import write_linear
 
-            M, z, M_after, z_after = write_linear(k, v, strength, scale, bias, *initial, *places)
+            M, z, M_after, z_after = write_linear(k, v, strength, scale, bias, *initial, *places, *rows)
         else:
             from infini.kernels.delta import write_delta
 
             M, z, M_after, z_after = write_delta(
-                k, v, strength, scale, bias, *initial, plan.has_memory, *places, memory.DENOMINATOR_FLOOR
+                k, v, strength, scale, bias, *initial, plan.has_memory, *places, memory.DENOMINATOR_FLOOR, *rows
             )
         return MemoryState(M, z), MemoryState(M_after, z_after)
 
     def _map_by_kernels(self, initial: MemoryState, k: Tensor, strength: Tensor | None, plan: SegmentPlan) -> Tensor | None:
         """A of `memory.write_segments_with_map`: what the write makes of an identity when all values are zero."""
-        if self.config.update_rule == "linear":
+        if self.config.update_rule == "linear" and plan.fresh is None:
             return None
         identity = torch.eye(k.shape[-1], dtype=initial.matrix.dtype, device=k.device).expand_as(initial.matrix).contiguous()
         return self._write_by_kernels(initial._replace(matrix=identity), k, torch.zeros_like(k), strength, plan)[1].matrix
 
     def _read_by_kernels(self, q: Tensor, before: MemoryState, local_output: Tensor, plan: SegmentPlan, use_memory: bool) -> Tensor:
-        """`_read_and_mix` of uniform rows."""
+        """`_read_and_mix` under the rules that have kernels."""
         has_memory = plan.has_memory
+        offset = -plan.opened if plan.uniform else 0
+        rows = (plan.reads, plan.padded)
         if not (plan.any_memory and use_memory):
             if not self.config.gate_when_empty:
                 return local_output
@@ -249,15 +257,15 @@ class InfiniAttention(nn.Module):
             from infini.kernels.read_deltanet import read_deltanet
 
             return read_deltanet(
-                q, local_output, before.matrix, self.read_norm.weight, self.beta, has_memory, -plan.opened, plan.segment_length,
-                self.config.gate_when_empty, self.config.rms_norm_eps,
+                q, local_output, before.matrix, self.read_norm.weight, self.beta, has_memory, offset, plan.segment_length,
+                self.config.gate_when_empty, self.config.rms_norm_eps, *rows,
             )  # fmt: skip
         from infini.kernels.read import read_and_mix
 
         scale, bias = (self.query_scale, self.query_bias) if self.config.qk_norm else (None, None)
         return read_and_mix(
-            q, local_output, *before, self.beta, scale, bias, has_memory, -plan.opened, plan.segment_length,
-            self.config.gate_when_empty, self.config.rms_norm_eps, memory.DENOMINATOR_FLOOR,
+            q, local_output, *before, self.beta, scale, bias, has_memory, offset, plan.segment_length,
+            self.config.gate_when_empty, self.config.rms_norm_eps, memory.DENOMINATOR_FLOOR, *rows,
         )  # fmt: skip
 
     def _query_features(self, q: Tensor) -> Tensor:

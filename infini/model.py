@@ -139,7 +139,6 @@ class InfiniTransformer(Decoder):
             update_rule=self.config.update_rule,
             feature_map=self.config.feature_map,
             head_dim=self.config.head_dim,
-            uniform=plan.uniform,
             traced=trace is not None,
         )
         rotary_dtype = torch.promote_types(torch.float32, x.dtype)

@@ -52,6 +52,11 @@ class SegmentPlan:
     ):
         self.tokens, self.segment_length, self.span, self.sliding = tokens, segment_length, span, sliding
         self.history, self.device, self.batch = history, device, len(open_length)
+        # Of rows that differ, for the kernels: int32 `[batch, segments, 2]`, the first token of each segment and the one behind its
+        # last; among the new tokens, and among the line's where it is written (an empty stretch where it is not).
+        self.reads: Tensor | None = None
+        self.writes: Tensor | None = None
+        self.padded = False
         self.uniform = lengths is None and reset is None and _all_equal(open_length) and _all_equal(tokens_seen)
         # Place of each new token in its document `[batch, tokens]`; None where no document begins inside the call.
         self.in_document: Tensor | None = None
@@ -102,7 +107,15 @@ class SegmentPlan:
         continues = ~reset[:, 0]
         count = torch.zeros(self.batch, self.segments, dtype=torch.long)
         count.scatter_add_(1, segment.clamp(max=self.segments - 1), real.long())
-        count[:, 0] += torch.where(continues, open_length, 0)
+        stretches = torch.stack([count.cumsum(dim=1) - count, count.cumsum(dim=1)], dim=2)
+        self.reads = self._send(stretches.int())
+        self.padded = bool((lengths < self.tokens).any())
+        opened = torch.where(continues, open_length, 0)
+        count[:, 0] += opened
+        stretches = stretches + self.history
+        stretches[:, 0, 0] -= opened
+        stretches[..., 1] = torch.where(count == n, stretches[..., 1], stretches[..., 0])
+        self.writes = self._send(stretches.int())
         fresh = torch.zeros(self.batch, self.segments, dtype=torch.long)
         fresh.scatter_add_(1, segment.clamp(max=self.segments - 1), reset.long())
         self._follow(count == n, fresh > 0, empty)
@@ -155,7 +168,7 @@ class SegmentPlan:
         self.fresh = None if fresh is None or not bool(fresh.any()) else self._send(fresh)
 
     def _send(self, mask: Tensor) -> Tensor:
-        """A mask on the device. From pinned memory, because any other copy makes the host wait for all kernels before it."""
+        """A mask or table on the device. From pinned memory: any other copy makes the host wait for all kernels before it."""
         if self.device.type == "cuda":
             return mask.contiguous().pin_memory().to(self.device, non_blocking=True)
         return mask.to(self.device)

@@ -115,7 +115,7 @@ class MemoryCase:
             config = self.layer.config
             choose_memory_backend(
                 "triton", self.device, torch.bfloat16,
-                update_rule=config.update_rule, feature_map=config.feature_map, head_dim=config.head_dim, uniform=True, traced=False,
+                update_rule=config.update_rule, feature_map=config.feature_map, head_dim=config.head_dim, traced=False,
             )  # fmt: skip
         if backend in self._agreed or backend == "torch":
             return

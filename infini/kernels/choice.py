@@ -1,6 +1,12 @@
 """Which calls run on the kernels. What they cannot do, the plain PyTorch of `infini.memory` does, and the log says why.
 
-`torch` is the plain code, `triton` the kernels, `auto` the kernels wherever they can run on a CUDA device.
+`torch` is the plain code, `triton` the kernels, `auto` the kernels wherever they can run on a CUDA device. Rows may differ:
+padding and documents that begin inside a row are no reason to fall back. What is:
+
+- the rule `gamma_delta`, whose normalizer goes token by token through clipped sums, and feature maps other than ELU + 1;
+- heads wider than a program's shared memory can hold (`LARGEST_HEAD`; with `deltanet` it depends on GPU and dtype);
+- statistics of what is read (`trace`), which kernels never store, and fp64;
+- a GPU before Ampere or not NVIDIA's, or no Triton.
 """
 
 import functools
@@ -28,7 +34,6 @@ def choose_memory_backend(
     update_rule: str,
     feature_map: str,
     head_dim: int,
-    uniform: bool,
     traced: bool,
 ) -> str:
     """Resolve `auto` for one call of a model, and refuse a backend that cannot run it.
@@ -37,14 +42,13 @@ def choose_memory_backend(
         backend: one of `BACKENDS`.
         device, dtype: of the activations.
         update_rule, feature_map, head_dim: as in `InfiniConfig`.
-        uniform: all rows have the same segments: no padding, no document that begins inside.
         traced: statistics of what is read are asked for; kernels do not keep it.
 
     Raises:
         InputError: the backend is unknown, or it is `triton` and cannot run.
 
     Example:
-        >>> case = dict(update_rule="linear", feature_map="elu", head_dim=64, uniform=True, traced=False)
+        >>> case = dict(update_rule="linear", feature_map="elu", head_dim=64, traced=False)
         >>> choose_memory_backend("auto", torch.device("cpu"), torch.float32, **case)
         'torch'
     """
@@ -52,7 +56,7 @@ def choose_memory_backend(
         raise InputError(f"the memory backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "torch":
         return backend
-    why_not = _why_not(device, dtype, update_rule, feature_map, head_dim, uniform, traced)
+    why_not = _why_not(device, dtype, update_rule, feature_map, head_dim, traced)
     if backend == "triton" and why_not:
         raise InputError(f"the memory backend 'triton' cannot run: {why_not}. Use 'auto' or 'torch'")
     if why_not is None and (backend == "triton" or device.type == "cuda"):
@@ -68,7 +72,7 @@ def announce(device: str, dtype: torch.dtype, backend: str, why: str | None) -> 
     log.info("memory on %s in %s: %s%s", device, dtype, backend, f" ({why})" if why else "")
 
 
-def _why_not(device, dtype, update_rule, feature_map, head_dim, uniform, traced) -> str | None:
+def _why_not(device, dtype, update_rule, feature_map, head_dim, traced) -> str | None:
     if dtype not in DTYPES:
         return f"the kernels compute in float32, bfloat16 or float16, not {dtype}"
     if update_rule not in LARGEST_HEAD or (feature_map != "elu" and update_rule != "deltanet"):
@@ -76,8 +80,6 @@ def _why_not(device, dtype, update_rule, feature_map, head_dim, uniform, traced)
         return f"there are kernels for update_rule {rules} with feature_map 'elu', not for {update_rule!r} with {feature_map!r}"
     if head_dim > LARGEST_HEAD[update_rule]:
         return f"heads may be {LARGEST_HEAD[update_rule]} wide with update_rule {update_rule!r}, not {head_dim}"
-    if not uniform:
-        return "rows differ in length, or a document begins inside one"
     if traced:
         return "statistics of what is read are asked for"
     lacks = _machine_lacks(device)

@@ -50,10 +50,10 @@ def load_strength(strength, place, valid, BT: tl.constexpr, WEIGHTED: tl.constex
 
 @triton.jit(do_not_specialize=["length", "offset", "segments", "slots", "pieces"])
 def gram_kernel(
-    k, strength, scale, bias, normalizers, has_memory, grams,
+    k, strength, scale, bias, normalizers, has_memory, bounds, grams,
     k_batch, k_token, k_head, length, offset, segments, slots, pieces, segment_length, groups, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a piece of one segment, one memory, BV columns of G."""
     program, wide_block = tl.program_id(0), tl.program_id(1)
@@ -61,7 +61,9 @@ def gram_kernel(
     b = (program // groups // pieces // segments).to(tl.int64)
     columns, wide = tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
     inside, inside_wide = columns < D, wide < D
-    first, last = tokens_of(segment, piece, segment_length, segment_length // pieces, offset, length)
+    first, last = tokens_of(
+        segment, piece, segment_length, segment_length // pieces, offset, length, bounds, b * segments + segment, RAGGED
+    )
     z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=inside, other=0.0)
     has = load_has(has_memory, b * slots + segment, MASKED)
     key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
@@ -103,6 +105,7 @@ def gram_sums(
     eps: float,
     floor: float,
     tiles: Tiles | None = None,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """G of every written segment, fp32 `[b, written, g, d, d]`; the arguments are those of `write_delta`, z before each segment."""
     batch, length, groups, dim = k.shape
@@ -113,10 +116,10 @@ def gram_sums(
     with on_device_of(k):
         gram_kernel[(batch * written * pieces * groups, tiles.wide_blocks)](
             k, k if strength is None else strength, scale if norm else k, bias if norm else k, normalizers,
-            k if has_memory is None else has_memory, grams,
+            k if has_memory is None else has_memory, k if bounds is None else bounds, grams,
             *k.stride()[:3], length, offset, written, normalizers.shape[1], pieces, segment_length, groups, eps, floor,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, AHEAD=tiles.loop_stages, NORM=norm, WEIGHTED=strength is not None,
-            MASKED=has_memory is not None, EXACT=exact, **tiles.options,
+            MASKED=has_memory is not None, RAGGED=bounds is not None, EXACT=exact, **tiles.options,
         )  # fmt: skip
     return grams if pieces == 1 else added_up(grams, pieces, written)
 
@@ -137,11 +140,14 @@ def write_delta(
     segment_length: int,
     eps: float,
     floor: float,
+    bounds: Tensor | None = None,
+    fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Write segment after segment, equation (5) of arXiv:2404.07143: `memory.write_segments` of uniform rows.
+    """Write segment after segment, equation (5) of arXiv:2404.07143: `memory.write_segments`.
 
     Args:
-        k, v, strength, scale, bias, matrix, normalizer, offset, written, slots, segment_length, eps: as of `write_linear`.
+        k, v, strength, scale, bias, matrix, normalizer, offset, written, slots, segment_length, eps, bounds, fresh: as of
+            `write_linear`.
         has_memory: bool `[b, slots]`, whether anything was written before a segment; None: everywhere.
         floor: smallest denominator sigma(k).z.
 
@@ -149,16 +155,21 @@ def write_delta(
         M `[b, slots, g, d, d]` and z `[b, slots, g, d]` before each segment, M and z after the last written one.
     """
     k, v = last_axis_contiguous(k), last_axis_contiguous(v)
-    strength, has_memory = None if strength is None else strength.contiguous(), as_bytes(has_memory)
-    matrices, normalizers = sum_outer(k, v, strength, None, scale, bias, k.shape[2], offset, written, slots, segment_length, eps)
-    z_before, z_after = scan(normalizers, normalizer, written, in_place=True)
-    grams = gram_sums(k, strength, scale, bias, z_before, has_memory, offset, written, segment_length, eps, floor)
-    before, after = affine_scan(matrices, grams, matrix, written, in_place=True)
+    strength, has_memory, fresh = None if strength is None else strength.contiguous(), as_bytes(has_memory), as_bytes(fresh)
+    matrices, normalizers = sum_outer(
+        k, v, strength, None, scale, bias, k.shape[2], offset, written, slots, segment_length, eps, bounds=bounds
+    )
+    z_before, z_after = scan(normalizers, normalizer, written, in_place=True, fresh=fresh)
+    grams = gram_sums(k, strength, scale, bias, z_before, has_memory, offset, written, segment_length, eps, floor, bounds=bounds)
+    before, after = affine_scan(matrices, grams, matrix, written, in_place=True, fresh=fresh)
     return before, z_before, after, z_after
 
 
 @write_delta.register_fake
-def _(k, v, strength, scale, bias, matrix, normalizer, has_memory, offset, written, slots, segment_length, eps, floor):
+def _(
+    k, v, strength, scale, bias, matrix, normalizer, has_memory,
+    offset, written, slots, segment_length, eps, floor, bounds=None, fresh=None,
+):  # fmt: skip
     batch, _, groups, dim = k.shape
     return (
         matrix.new_empty(batch, slots, groups, dim, dim),
@@ -170,12 +181,12 @@ def _(k, v, strength, scale, bias, matrix, normalizer, has_memory, offset, writt
 
 @triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
 def gram_backward_kernel(
-    k, strength, scale, bias, normalizers, has_memory, d_matrices, dk, d_strength, d_normalizers,
+    k, strength, scale, bias, normalizers, has_memory, bounds, d_matrices, dk, d_strength, d_normalizers,
     k_batch, k_token, k_head, dk_batch, dk_token, dk_head,
     length, offset, segments, slots, parts, segment_length, groups, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr, AHEAD: tl.constexpr, TURNED: tl.constexpr,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment of one memory.
 
@@ -187,7 +198,7 @@ def gram_backward_kernel(
     b = (program // groups // parts // segments).to(tl.int64)
     columns = tl.arange(0, BD)
     inside = columns < D
-    first, last = tokens_of(segment, part, segment_length, PART, offset, length)
+    first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=inside, other=0.0)
     has = load_has(has_memory, b * slots + segment, MASKED)
     memory = (b * segments + segment) * groups + group
@@ -236,7 +247,7 @@ def gram_backward_kernel(
 
 def backward_of_grams(
     k, strength, scale, bias, z_before, has_memory, d_grams, dk, d_strength,
-    offset, written, segment_length, eps, floor, exact: bool, tiles: Tiles | None = None,
+    offset, written, segment_length, eps, floor, exact: bool, tiles: Tiles | None = None, bounds: Tensor | None = None,
 ):  # fmt: skip
     """From H of every segment's G to the gradients of features and strengths, which fill `dk` and `d_strength`; gives those of z
     in parts `[b, written, parts, g, d]`."""
@@ -248,10 +259,11 @@ def backward_of_grams(
     with on_device_of(k):
         gram_backward_kernel[(batch * written * parts * groups,)](
             k, k if strength is None else strength, scale if norm else k, bias if norm else k, z_before,
-            k if has_memory is None else has_memory, d_grams, dk, d_strength, z_sums,
+            k if has_memory is None else has_memory, k if bounds is None else bounds, d_grams, dk, d_strength, z_sums,
             *k.stride()[:3], *dk.stride()[:3], length, offset, written, z_before.shape[1], parts, segment_length, groups, eps, floor,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
-            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, MASKED=has_memory is not None, EXACT=exact, **tiles.options,
+            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, MASKED=has_memory is not None,
+            RAGGED=bounds is not None, EXACT=exact, **tiles.options,
         )  # fmt: skip
     return z_sums
 
@@ -275,34 +287,38 @@ def write_delta_backward(
     segment_length: int,
     eps: float,
     floor: float,
+    bounds: Tensor | None = None,
+    fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, strength, scale, bias, matrix and normalizer; empty where there was None."""
     k, v = last_axis_contiguous(k), last_axis_contiguous(v)
-    strength, has_memory = None if strength is None else strength.contiguous(), as_bytes(has_memory)
+    strength, has_memory, fresh = None if strength is None else strength.contiguous(), as_bytes(has_memory), as_bytes(fresh)
     before, z_before, slots = before.contiguous(), z_before.contiguous(), before.shape[1]
-    grams = gram_sums(k, strength, scale, bias, z_before, has_memory, offset, written, segment_length, eps, floor)
+    grams = gram_sums(k, strength, scale, bias, z_before, has_memory, offset, written, segment_length, eps, floor, bounds=bounds)
     # L behind each segment, the gradient of its sums; then dG = -L M^T.
-    d_matrices, d_matrix = affine_scan(d_before.contiguous(), grams, d_after, slots, reverse=True)
+    d_matrices, d_matrix = affine_scan(d_before.contiguous(), grams, d_after, slots, reverse=True, fresh=fresh)
     with torch.autocast(k.device.type, enabled=False):  # which a backward pass may be called under
         d_grams = d_matrices[:, :written] @ before[:, :written].transpose(-1, -2)
     d_grams = -(d_grams + d_grams.transpose(-1, -2))
-    dk, dv, d_strength = new_gradients(k, v, strength, written * segment_length)
+    dk, dv, d_strength = new_gradients(k, v, strength, written * segment_length, bounds)
     z_sums = backward_of_grams(
-        k, strength, scale, bias, z_before, has_memory, d_grams, dk, d_strength, offset, written, segment_length, eps, floor, is_exact(k, v)
-    )
+        k, strength, scale, bias, z_before, has_memory, d_grams, dk, d_strength, offset, written, segment_length, eps, floor, is_exact(k, v),
+        bounds=bounds,
+    )  # fmt: skip
     d_normalizers = dz_before.clone(memory_format=torch.contiguous_format)
     d_normalizers[:, :written] += z_sums.sum(dim=2)
-    d_normalizers, d_normalizer = scan(d_normalizers, dz_after, slots, in_place=True, reverse=True)
+    d_normalizers, d_normalizer = scan(d_normalizers, dz_after, slots, in_place=True, reverse=True, fresh=fresh)
     d_scale, d_bias = backward_of_sums(
-        k, v, strength, scale, bias, d_matrices, d_normalizers, dk, dv, d_strength, offset, written, segment_length, eps, add=True
-    )
+        k, v, strength, scale, bias, d_matrices, d_normalizers, dk, dv, d_strength, offset, written, segment_length, eps,
+        add=True, bounds=bounds,
+    )  # fmt: skip
     return dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer
 
 
 @write_delta_backward.register_fake
 def _(
     k, v, strength, scale, bias, has_memory, before, z_before, d_before, dz_before, d_after, dz_after,
-    offset, written, segment_length, eps, floor,
+    offset, written, segment_length, eps, floor, bounds=None, fresh=None,
 ):  # fmt: skip
     none = d_after.new_empty(0)
     return (
@@ -317,14 +333,15 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    k, v, strength, scale, bias, _, _, has_memory, ctx.offset, ctx.written, _, ctx.segment_length, ctx.eps, ctx.floor = inputs
-    ctx.save_for_backward(k, v, strength, scale, bias, has_memory, *output[:2])
+    *given, ctx.offset, ctx.written, _, ctx.segment_length, ctx.eps, ctx.floor, bounds, fresh = inputs
+    k, v, strength, scale, bias, _, _, has_memory = given
+    ctx.save_for_backward(k, v, strength, scale, bias, has_memory, *output[:2], bounds, fresh)
 
 
 def _backward(ctx, d_before, dz_before, d_after, dz_after):
-    saved = ctx.saved_tensors
+    *saved, bounds, fresh = ctx.saved_tensors
     dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer = write_delta_backward(
-        *saved, d_before, dz_before, d_after, dz_after, ctx.offset, ctx.written, ctx.segment_length, ctx.eps, ctx.floor
+        *saved, d_before, dz_before, d_after, dz_after, ctx.offset, ctx.written, ctx.segment_length, ctx.eps, ctx.floor, bounds, fresh
     )
     return (
         dk,
@@ -334,7 +351,7 @@ def _backward(ctx, d_before, dz_before, d_after, dz_after):
         None if saved[4] is None else d_bias,
         d_matrix,
         d_normalizer,
-        *[None] * 7,
+        *[None] * 9,
     )
 
 

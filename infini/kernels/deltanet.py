@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini.kernels.parts import last_axis_contiguous, load_tile, product, store_tile
+from infini.kernels.parts import as_bytes, last_axis_contiguous, load_tile, product, store_tile
 from infini.kernels.scan import affine_scan
 from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
 
@@ -57,6 +57,16 @@ def unit_lower_inverse(lower, N: tl.constexpr):
 
 
 @triton.jit
+def written_tokens(segment, segment_length, chunks, offset, bounds, place, N: tl.constexpr, RAGGED: tl.constexpr):
+    """First token of a segment, how many are written of it, and their chunks; arguments as of `tokens_of`."""
+    if RAGGED:
+        first = tl.load(bounds + 2 * place)
+        size = tl.load(bounds + 2 * place + 1) - first
+        return first, size, tl.cdiv(size, N)
+    return offset + segment * segment_length, segment_length, chunks
+
+
+@triton.jit
 def load_chunk(k, strength, k_token, tokens, valid, place, columns, inside, N: tl.constexpr, WEIGHTED: tl.constexpr):
     """Unit keys `[N, BD]` of one chunk, their sizes, and strengths, 0 for what is no token."""
     keys, size = unit(load_tile(k, k_token, tokens, columns, valid, inside))
@@ -68,17 +78,21 @@ def load_chunk(k, strength, k_token, tokens, valid, place, columns, inside, N: t
 
 @triton.jit(do_not_specialize=["length", "offset", "segments"])
 def prepare_kernel(
-    k, v, strength, of_state, of_values,
+    k, v, strength, bounds, of_state, of_values,
     k_batch, k_token, k_head, v_batch, v_token, v_head, length, offset, segments, chunks, segment_length, groups,
-    D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, WEIGHTED: tl.constexpr, EXACT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, WEIGHTED: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: W and U of one chunk."""
     program = tl.program_id(0)
     chunk, group, segment = program % chunks, program // chunks % groups, program // chunks // groups % segments
     b = (program // chunks // groups // segments).to(tl.int64)
     columns, rows = tl.arange(0, BD), tl.arange(0, N)
-    inside, valid = columns < D, chunk * N + rows < segment_length
-    tokens = offset + segment * segment_length + chunk * N + rows
+    first, written, filled = written_tokens(segment, segment_length, chunks, offset, bounds, b * segments + segment, N, RAGGED)
+    if RAGGED:
+        if chunk >= filled:
+            return
+    inside, valid = columns < D, chunk * N + rows < written
+    tokens = first + chunk * N + rows
     place = (b * length + tokens) * groups + group
     keys, size, w = load_chunk(k + b * k_batch + group * k_head, strength, k_token, tokens, valid, place, columns, inside, N, WEIGHTED)
     values = load_tile(v + b * v_batch + group * v_head, v_token, tokens, columns, valid, inside).to(tl.float32)
@@ -92,9 +106,9 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
 def map_kernel(
-    k, of_state, of_values, grams, additions,
+    k, of_state, of_values, bounds, grams, additions,
     k_batch, k_token, k_head, length, offset, segments, slots, chunks, segment_length, groups,
-    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: BV columns of [G B] of one segment."""
     program, block = tl.program_id(0), tl.program_id(1)
@@ -105,9 +119,10 @@ def map_kernel(
     inside, inside_wide = columns < D, wide < D
     identity = columns[:, None] == wide[None, :]
     state = tl.where(of_map & identity, 1.0, 0.0)
-    for chunk in range(chunks):
-        valid, every = chunk * N + rows < segment_length, rows >= 0
-        tokens = offset + segment * segment_length + chunk * N + rows
+    first, written, filled = written_tokens(segment, segment_length, chunks, offset, bounds, b * segments + segment, N, RAGGED)
+    for chunk in range(filled):
+        valid, every = chunk * N + rows < written, rows >= 0
+        tokens = first + chunk * N + rows
         here = (program.to(tl.int64) * chunks + chunk) * N * D
         keys, size = unit(load_tile(k + b * k_batch + group * k_head, k_token, tokens, columns, valid, inside))
         to_state = load_tile(of_state + here, D, rows, columns, every, inside)
@@ -125,9 +140,9 @@ def map_kernel(
 
 @triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
 def chunks_backward_kernel(
-    k, of_state, of_values, before, d_after, changes, d_keys,
+    k, of_state, of_values, bounds, before, d_after, changes, d_keys,
     k_batch, k_token, k_head, length, offset, segments, slots, chunks, segment_length, groups,
-    D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: one segment. Makes X of its chunks from M before it, then goes back from the gradient of M behind it.
 
@@ -141,12 +156,12 @@ def chunks_backward_kernel(
     square, place = inside[:, None] & inside[None, :], columns[:, None] * D + columns[None, :]
     memory = ((b * slots + segment) * groups + group) * D * D
     state = tl.load(before + memory + place, mask=square, other=0.0)
-    first = offset + segment * segment_length
+    first, written, filled = written_tokens(segment, segment_length, chunks, offset, bounds, b * segments + segment, N, RAGGED)
     k += b * k_batch + group * k_head
     nothing = tl.zeros([N, BD], tl.float32)
-    for chunk in range(chunks):
+    for chunk in range(filled):
         here = (program.to(tl.int64) * chunks + chunk) * N * D
-        valid, tokens = chunk * N + rows < segment_length, first + chunk * N + rows
+        valid, tokens = chunk * N + rows < written, first + chunk * N + rows
         keys, size = unit(load_tile(k, k_token, tokens, columns, valid, inside))
         x = load_tile(of_values + here, D, rows, columns, every, inside).to(tl.float32)
         x = single(-load_tile(of_state + here, D, rows, columns, every, inside), state, x, EXACT)
@@ -154,10 +169,10 @@ def chunks_backward_kernel(
         state = single(tl.trans(keys), x, state, EXACT)
     gradient = tl.load(d_after + memory + place, mask=square, other=0.0)
     tl.debug_barrier()  # what other threads of this program have stored is read now
-    for back in range(chunks):
-        chunk = chunks - 1 - back
+    for back in range(filled):
+        chunk = filled - 1 - back
         here = (program.to(tl.int64) * chunks + chunk) * N * D
-        valid, tokens = chunk * N + rows < segment_length, first + chunk * N + rows
+        valid, tokens = chunk * N + rows < written, first + chunk * N + rows
         keys, size = unit(load_tile(k, k_token, tokens, columns, valid, inside))
         x = load_tile(changes + here, D, rows, columns, every, inside)
         to_state = load_tile(of_state + here, D, rows, columns, every, inside)
@@ -172,10 +187,10 @@ def chunks_backward_kernel(
 
 @triton.jit(do_not_specialize=["length", "offset", "segments"])
 def prepare_backward_kernel(
-    k, v, strength, d_of_state, d_of_values, d_keys, dk, dv, d_strength,
+    k, v, strength, bounds, d_of_state, d_of_values, d_keys, dk, dv, d_strength,
     k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head,
     length, offset, segments, chunks, segment_length, groups,
-    D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, WEIGHTED: tl.constexpr, EXACT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, WEIGHTED: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: from dW, dU and the other dK of one chunk to the gradients of keys, values and strengths.
 
@@ -186,8 +201,12 @@ def prepare_backward_kernel(
     chunk, group, segment = program % chunks, program // chunks % groups, program // chunks // groups % segments
     b = (program // chunks // groups // segments).to(tl.int64)
     columns, rows = tl.arange(0, BD), tl.arange(0, N)
-    inside, valid, every = columns < D, chunk * N + rows < segment_length, rows >= 0
-    tokens = offset + segment * segment_length + chunk * N + rows
+    first, written, filled = written_tokens(segment, segment_length, chunks, offset, bounds, b * segments + segment, N, RAGGED)
+    if RAGGED:
+        if chunk >= filled:
+            return
+    inside, valid, every = columns < D, chunk * N + rows < written, rows >= 0
+    tokens = first + chunk * N + rows
     place = (b * length + tokens) * groups + group
     keys, size, w = load_chunk(k + b * k_batch + group * k_head, strength, k_token, tokens, valid, place, columns, inside, N, WEIGHTED)
     values = load_tile(v + b * v_batch + group * v_head, v_token, tokens, columns, valid, inside).to(tl.float32)
@@ -216,7 +235,9 @@ def prepare_backward_kernel(
 class Chunks:
     """How keys and values of one call are cut up: the arguments that all kernels share."""
 
-    def __init__(self, k: Tensor, v: Tensor, strength: Tensor | None, offset: int, written: int, segment_length: int):
+    def __init__(
+        self, k: Tensor, v: Tensor, strength: Tensor | None, offset: int, written: int, segment_length: int, bounds: Tensor | None = None
+    ):
         self.k, self.v = last_axis_contiguous(k), last_axis_contiguous(v)
         self.strength = None if strength is None else strength.contiguous()
         self.batch, length, self.groups, self.dim = k.shape
@@ -226,7 +247,9 @@ class Chunks:
         self.segments = self.batch * written * self.groups
         self.covered = (length, offset, written)
         self.places = (self.chunks, segment_length, self.groups)
-        self.sizes = {"D": self.dim, "BD": self.tiles("prepare").BD, "N": self.tokens, "EXACT": self.exact}
+        self.bounds = self.k if bounds is None else bounds
+        self.ragged = bounds is not None
+        self.sizes = {"D": self.dim, "BD": self.tiles("prepare").BD, "N": self.tokens, "RAGGED": self.ragged, "EXACT": self.exact}
 
     def tiles(self, kernel: str) -> Tiles:
         """Of one of the four kernels."""
@@ -241,7 +264,7 @@ class Chunks:
         of_state, of_values = self.room(), self.room()
         with on_device_of(self.k):
             prepare_kernel[(self.segments * self.chunks,)](
-                self.k, self.v, self.k if self.strength is None else self.strength, of_state, of_values,
+                self.k, self.v, self.k if self.strength is None else self.strength, self.bounds, of_state, of_values,
                 *self.k.stride()[:3], *self.v.stride()[:3], *self.covered, *self.places,
                 **self.sizes, WEIGHTED=self.strength is not None, **self.tiles("prepare").options,
             )  # fmt: skip
@@ -256,7 +279,7 @@ class Chunks:
         )
         with on_device_of(self.k):
             map_kernel[(self.segments, 2 * tiles.wide_blocks)](
-                self.k, of_state, of_values, grams, additions, *self.k.stride()[:3], *self.covered, slots, *self.places,
+                self.k, of_state, of_values, self.bounds, grams, additions, *self.k.stride()[:3], *self.covered, slots, *self.places,
                 **self.sizes, BV=tiles.BV, **tiles.options,
             )  # fmt: skip
         return grams, additions
@@ -266,7 +289,7 @@ class Chunks:
         changes, d_keys = self.room(), self.room()
         with on_device_of(self.k):
             chunks_backward_kernel[(self.segments,)](
-                self.k, of_state, of_values, before, d_after, changes, d_keys,
+                self.k, of_state, of_values, self.bounds, before, d_after, changes, d_keys,
                 *self.k.stride()[:3], *self.covered, before.shape[1], *self.places, **self.sizes, **self.tiles("chunks_backward").options,
             )  # fmt: skip
         return d_keys
@@ -274,12 +297,13 @@ class Chunks:
     def prepare_back(self, d_state: Tensor, d_values: Tensor, d_keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dk, dv and the gradient of the strengths."""
         length, _, written = self.covered
-        new = torch.empty if written * self.places[1] == length else torch.zeros
+        new = torch.empty if written * self.places[1] == length and not self.ragged else torch.zeros
         dk, dv = (new(self.k.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
         d_strength = new(self.k.shape[:3] if self.strength is not None else 0, dtype=torch.float32, device=self.k.device)
         with on_device_of(self.k):
             prepare_backward_kernel[(self.segments * self.chunks,)](
-                self.k, self.v, self.k if self.strength is None else self.strength, d_state, d_values, d_keys, dk, dv, d_strength,
+                self.k, self.v, self.k if self.strength is None else self.strength, self.bounds,
+                d_state, d_values, d_keys, dk, dv, d_strength,
                 *self.k.stride()[:3], *self.v.stride()[:3], *dk.stride()[:3], *self.covered, *self.places,
                 **self.sizes, WEIGHTED=self.strength is not None, **self.tiles("prepare_backward").options,
             )  # fmt: skip
@@ -288,25 +312,27 @@ class Chunks:
 
 @torch.library.custom_op("infini::write_deltanet", mutates_args=())
 def write_deltanet(
-    k: Tensor, v: Tensor, strength: Tensor | None, matrix: Tensor, offset: int, written: int, slots: int, segment_length: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write token after token, segment after segment: `memory.write_segments` of uniform rows under `deltanet`.
+    k: Tensor, v: Tensor, strength: Tensor | None, matrix: Tensor, offset: int, written: int, slots: int, segment_length: int,
+    bounds: Tensor | None = None, fresh: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Write token after token, segment after segment: `memory.write_segments` under `deltanet`.
 
     Args:
-        k, v, strength, matrix, offset, written, slots, segment_length: as of `write_linear`; keys are made unit keys here.
+        k, v, strength, matrix, offset, written, slots, segment_length, bounds, fresh: as of `write_linear`; keys are made unit keys
+            here.
 
     Returns:
         M `[b, slots, g, d, d]` before each segment, M after the last written one, and G `[b, written, g, d, d]` of each segment,
         which its gradient needs.
     """
-    chunks = Chunks(k, v, strength, offset, written, segment_length)
+    chunks = Chunks(k, v, strength, offset, written, segment_length, bounds)
     grams, additions = chunks.maps(*chunks.prepare(), slots)
-    before, after = affine_scan(additions, grams, matrix, written, in_place=True)
+    before, after = affine_scan(additions, grams, matrix, written, in_place=True, fresh=as_bytes(fresh))
     return before, after, grams
 
 
 @write_deltanet.register_fake
-def _(k, v, strength, matrix, offset, written, slots, segment_length):
+def _(k, v, strength, matrix, offset, written, slots, segment_length, bounds=None, fresh=None):
     batch, _, groups, dim = k.shape
     return (
         matrix.new_empty(batch, slots, groups, dim, dim),
@@ -318,18 +344,20 @@ def _(k, v, strength, matrix, offset, written, slots, segment_length):
 @torch.library.custom_op("infini::write_deltanet_backward", mutates_args=())
 def write_deltanet_backward(
     k: Tensor, v: Tensor, strength: Tensor | None, before: Tensor, grams: Tensor, d_before: Tensor, d_after: Tensor,
-    offset: int, written: int, segment_length: int,
+    offset: int, written: int, segment_length: int, bounds: Tensor | None = None, fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of k, v, strength (empty where there was None) and matrix."""
-    chunks = Chunks(k, v, strength, offset, written, segment_length)
-    d_matrices, d_matrix = affine_scan(d_before.contiguous(), grams.contiguous(), d_after, before.shape[1], reverse=True, transposed=True)
+    chunks = Chunks(k, v, strength, offset, written, segment_length, bounds)
+    d_matrices, d_matrix = affine_scan(
+        d_before.contiguous(), grams.contiguous(), d_after, before.shape[1], reverse=True, transposed=True, fresh=as_bytes(fresh)
+    )
     of_state, of_values = chunks.prepare()
     d_keys = chunks.back(of_state, of_values, before.contiguous(), d_matrices)
     return *chunks.prepare_back(of_state, of_values, d_keys), d_matrix
 
 
 @write_deltanet_backward.register_fake
-def _(k, v, strength, before, grams, d_before, d_after, offset, written, segment_length):
+def _(k, v, strength, before, grams, d_before, d_after, offset, written, segment_length, bounds=None, fresh=None):
     return (
         k.new_empty(k.shape),
         v.new_empty(v.shape),
@@ -339,15 +367,17 @@ def _(k, v, strength, before, grams, d_before, d_after, offset, written, segment
 
 
 def _save(ctx, inputs, output):
-    k, v, strength, _, ctx.offset, ctx.written, _, ctx.segment_length = inputs
-    ctx.save_for_backward(k, v, strength, output[0], output[2])
+    k, v, strength, _, ctx.offset, ctx.written, _, ctx.segment_length, bounds, fresh = inputs
+    ctx.save_for_backward(k, v, strength, output[0], output[2], bounds, fresh)
     ctx.mark_non_differentiable(output[2])
 
 
 def _backward(ctx, d_before, d_after, _):
-    saved = ctx.saved_tensors
-    dk, dv, d_strength, d_matrix = write_deltanet_backward(*saved, d_before, d_after, ctx.offset, ctx.written, ctx.segment_length)
-    return dk, dv, None if saved[2] is None else d_strength, d_matrix, *[None] * 4
+    *saved, bounds, fresh = ctx.saved_tensors
+    dk, dv, d_strength, d_matrix = write_deltanet_backward(
+        *saved, d_before, d_after, ctx.offset, ctx.written, ctx.segment_length, bounds, fresh
+    )
+    return dk, dv, None if saved[2] is None else d_strength, d_matrix, *[None] * 6
 
 
 write_deltanet.register_autograd(_backward, setup_context=_save)

@@ -18,21 +18,24 @@ ENOUGH_PROGRAMS, SMALLEST_PIECE = 264, 512
 
 @triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
 def outer_kernel(
-    x, y, weights, z_weights, scale, bias, matrices, normalizers,
+    x, y, weights, z_weights, scale, bias, bounds, matrices, normalizers,
     x_batch, x_token, x_head, y_batch, y_token, y_head,
-    length, offset, segments, slots, segment_length, groups, eps,
+    length, offset, segments, slots, pieces, segment_length, groups, eps,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, SHARED_BY: tl.constexpr,
-    ROWS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTS: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: one segment, one memory, BV columns. WEIGHTS: 0 none, 1 a = c, 2 both.
+    """One program: a piece of one segment, one memory, BV columns. WEIGHTS: 0 none, 1 a = c, 2 both.
 
     Summed is M^T = sum y (a f)^T: y goes to the product as it was loaded, and no features are transposed on their way.
     """
     program, wide_block = tl.program_id(0), tl.program_id(1)
-    group, segment, b = program % groups, program // groups % segments, (program // groups // segments).to(tl.int64)
+    group, piece, segment = program % groups, program // groups % pieces, program // groups // pieces % segments
+    b = (program // groups // pieces // segments).to(tl.int64)
     columns, wide = tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
     inside, inside_wide = columns < D, wide < D
-    first, last = tokens_of(segment, 0, segment_length, segment_length, offset, length)
+    first, last = tokens_of(
+        segment, piece, segment_length, segment_length // pieces, offset, length, bounds, b * segments + segment, RAGGED
+    )
     matrix, normalizer = tl.zeros([BV, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
     for member in range(SHARED_BY):
         head = group * SHARED_BY + member
@@ -56,7 +59,7 @@ def outer_kernel(
                 z_weighted = rounded(weighted, EXACT)
             normalizer = add_rows(normalizer, z_weighted, BT, ROWS, BD)
             matrix = product(tl.trans(y_tile), weighted, matrix, EXACT)
-    memory = (b * slots + segment) * groups + group
+    memory = (b * slots + segment * pieces + piece) * groups + group
     at = matrices + memory * D * D + columns[None, :] * D + wide[:, None]
     tl.store(at, matrix, mask=inside[None, :] & inside_wide[:, None])
     if wide_block == 0:
@@ -77,6 +80,7 @@ def sum_outer(
     segment_length: int,
     eps: float,
     tiles: Tiles | None = None,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """M `[b, slots, groups, d, d]` and z `[b, slots, groups, d]` in fp32; the first `segments` of the slots are filled.
 
@@ -87,29 +91,27 @@ def sum_outer(
         groups: memories; head i belongs to memory i // (heads // groups).
         offset: token at which segment 0 begins, negative where its beginning lies before the tokens.
         tiles: None: those of the table.
+        bounds: int32 `[b, segments, 2]`, the first token of each segment and the one behind its last; None: `offset` says it.
     """
     batch, length, heads, dim = x.shape
     pieces = pieces_of(batch * segments * groups, segment_length)
-    if pieces > 1:
-        matrices, normalizers = sum_outer(
-            x, y, weights, z_weights, scale, bias, groups, offset,
-            segments * pieces, segments * pieces, segment_length // pieces, eps, tiles,
-        )  # fmt: skip
-        return added_up(matrices, pieces, slots), added_up(normalizers, pieces, slots)
+    piece_length, sums = segment_length // pieces, slots if pieces == 1 else segments * pieces
     exact = is_exact(x, y)
-    tiles = (tiles or Tiles.of("outer", dim, segment_length, exact, shared_memory(x.device))).within(segment_length)
-    matrices = torch.empty(batch, slots, groups, dim, dim, dtype=torch.float32, device=x.device)
-    normalizers = torch.empty(batch, slots, groups, dim, dtype=torch.float32, device=x.device)
+    tiles = (tiles or Tiles.of("outer", dim, piece_length, exact, shared_memory(x.device))).within(piece_length)
+    matrices = torch.empty(batch, sums, groups, dim, dim, dtype=torch.float32, device=x.device)
+    normalizers = torch.empty(batch, sums, groups, dim, dtype=torch.float32, device=x.device)
     norm = scale is not None
     with on_device_of(x):
-        outer_kernel[(batch * segments * groups, tiles.wide_blocks)](
+        outer_kernel[(batch * segments * pieces * groups, tiles.wide_blocks)](
             x, y, weights if weights is not None else x, z_weights if z_weights is not None else x,
-            scale if norm else x, bias if norm else x, matrices, normalizers,
+            scale if norm else x, bias if norm else x, x if bounds is None else bounds, matrices, normalizers,
             *x.stride()[:3], *y.stride()[:3],
-            length, offset, segments, slots, segment_length, groups, eps,
+            length, offset, segments, sums, pieces, segment_length, groups, eps,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, SHARED_BY=heads // groups, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
-            NORM=norm, WEIGHTS=(weights is not None) + (z_weights is not None), EXACT=exact, **tiles.options,
+            NORM=norm, WEIGHTS=(weights is not None) + (z_weights is not None), RAGGED=bounds is not None, EXACT=exact, **tiles.options,
         )  # fmt: skip
+    if pieces > 1:
+        matrices, normalizers = added_up(matrices, pieces, slots), added_up(normalizers, pieces, slots)
     return matrices, normalizers
 
 

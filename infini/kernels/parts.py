@@ -139,11 +139,15 @@ def matrix_rows_product(high, low, a, total, EXACT: tl.constexpr):
 
 
 @triton.jit
-def tokens_of(segment, part, segment_length, part_length, offset, length):
+def tokens_of(segment, part, segment_length, part_length, offset, length, bounds, place, RAGGED: tl.constexpr):
     """First and last + 1 token of a part of a segment that begins at token `offset` + segment * segment_length.
 
-    A segment may reach out of the `length` tokens on both sides.
+    A segment may reach out of the `length` tokens on both sides. RAGGED: its tokens are those from `bounds[place, 0]` to
+    `bounds[place, 1]`, wherever the other segments are.
     """
+    if RAGGED:
+        first = tl.load(bounds + 2 * place) + part * part_length
+        return first, tl.minimum(first + part_length, tl.load(bounds + 2 * place + 1))
     start = segment * segment_length + offset
     first = tl.maximum(start + part * part_length, 0)
     last = tl.minimum(start + tl.minimum((part + 1) * part_length, segment_length), length)

@@ -3,6 +3,8 @@
 Queries and local output are read once and the mix is written once; what was read is never stored.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -41,11 +43,12 @@ def shares(beta, has_memory, head, place, MASKED: tl.constexpr, MIX_EMPTY: tl.co
 
 @triton.jit(do_not_specialize=["length", "offset", "segments"])
 def read_kernel(
-    q, local, matrices, normalizers, beta, scale, bias, has_memory, mixed,
+    q, local, matrices, normalizers, beta, scale, bias, has_memory, bounds, mixed,
     q_batch, q_token, q_head, local_batch, local_token, local_head, mixed_batch, mixed_token, mixed_head,
     length, offset, segments, parts, segment_length, heads, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, SHARED_BY: tl.constexpr,
-    AHEAD: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, EXACT: tl.constexpr,
+    AHEAD: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr,
+    RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment, one query head, BV columns."""
     program, wide_block = tl.program_id(0), tl.program_id(1)
@@ -53,7 +56,7 @@ def read_kernel(
     b = (program // heads // parts // segments).to(tl.int64)
     columns, wide = tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
     inside, inside_wide = columns < D, wide < D
-    first, last = tokens_of(segment, part, segment_length, PART, offset, length)
+    first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     memory = (b * segments + segment) * (heads // SHARED_BY) + head // SHARED_BY
     high, low = load_matrix(matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
     z = tl.load(normalizers + memory * D + columns, mask=inside, other=0.0)
@@ -89,8 +92,10 @@ def read_and_mix(
     mix_empty: bool,
     eps: float,
     floor: float,
+    bounds: Tensor | None = None,
+    padded: bool = False,
 ) -> Tensor:
-    """Equations (3) and (6) of arXiv:2404.07143 for every query: `memory.retrieve` and `memory.mix` of uniform rows.
+    """Equations (3) and (6) of arXiv:2404.07143 for every query: `memory.retrieve` and `memory.mix`.
 
     Args:
         q: `[b, tokens, h, d]` in fp32, bf16 or fp16, last axis contiguous.
@@ -104,29 +109,41 @@ def read_and_mix(
         mix_empty: an empty memory reads 0 and is mixed in; otherwise the local output is left whole.
         eps: of the root mean square.
         floor: smallest denominator sigma(q).z.
+        bounds: of rows that differ, int32 `[b, segments, 2]`: first query of each segment and the one behind its last. `offset`
+            says nothing then.
+        padded: some queries are in no segment; their mix is 0.
 
     Returns:
         `[b, tokens, h, d]` in the dtype of `local_output`.
     """
     return mixed_by(
-        q, local_output, matrices, normalizers, beta, scale, bias, has_memory, offset, segment_length, mix_empty, eps, floor
-    )
+        q, local_output, matrices, normalizers, beta, scale, bias, has_memory, offset, segment_length, mix_empty, eps, floor,
+        bounds=bounds, padded=padded,
+    )  # fmt: skip
 
 
 @read_and_mix.register_fake
-def _(q, local_output, matrices, normalizers, beta, scale, bias, has_memory, offset, segment_length, mix_empty, eps, floor):
+def _(
+    q, local_output, matrices, normalizers, beta, scale, bias, has_memory,
+    offset, segment_length, mix_empty, eps, floor, bounds=None, padded=False,
+):  # fmt: skip
     return local_output.new_empty(q.shape)
+
+
+def room_for(padded: bool) -> Callable[..., Tensor]:
+    """What makes a result of which padding is no program's business: finite there, or numbers that stand in no sum would spoil sums."""
+    return torch.zeros if padded else torch.empty
 
 
 def mixed_by(
     q, local_output, matrices, normalizers, beta, scale, bias, has_memory,
-    offset, segment_length, mix_empty, eps, floor, tiles: Tiles | None = None,
+    offset, segment_length, mix_empty, eps, floor, tiles: Tiles | None = None, bounds: Tensor | None = None, padded: bool = False,
 ):  # fmt: skip
     """`read_and_mix` with other tiles than the table's."""
     batch, length, heads, dim = q.shape
     q, local_output = last_axis_contiguous(q), last_axis_contiguous(local_output)
     matrices, normalizers, has_memory = matrices.contiguous(), normalizers.contiguous(), as_bytes(has_memory)
-    mixed = torch.empty(q.shape, dtype=local_output.dtype, device=q.device)
+    mixed = room_for(padded)(q.shape, dtype=local_output.dtype, device=q.device)
     segments, groups = matrices.shape[1:3]
     exact, norm = is_exact(q, local_output), scale is not None
     tiles = (tiles or Tiles.of("read", dim, segment_length, exact, shared_memory(q.device))).within(segment_length)
@@ -134,11 +151,12 @@ def mixed_by(
     with on_device_of(q):
         read_kernel[(batch * segments * parts * heads, tiles.wide_blocks)](
             q, local_output, matrices, normalizers, beta, scale if norm else q, bias if norm else q,
-            q if has_memory is None else has_memory, mixed,
+            q if has_memory is None else has_memory, q if bounds is None else bounds, mixed,
             *q.stride()[:3], *local_output.stride()[:3], *mixed.stride()[:3],
             length, offset, segments, parts, segment_length, heads, eps, floor,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, SHARED_BY=heads // groups, AHEAD=tiles.loop_stages,
-            TURNED=tiles.turned, NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty, EXACT=exact, **tiles.options,
+            TURNED=tiles.turned, NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty,
+            RAGGED=bounds is not None, EXACT=exact, **tiles.options,
         )  # fmt: skip
     return mixed
 
@@ -160,13 +178,13 @@ def through_block(
 
 @triton.jit(do_not_specialize=["length", "offset", "segments"])
 def read_backward_kernel(
-    q, local, d_mixed, matrices, normalizers, beta, scale, bias, has_memory,
+    q, local, d_mixed, matrices, normalizers, beta, scale, bias, has_memory, bounds,
     dq, d_local, weights, z_weights, d_matrices, d_normalizers, d_beta, d_scale, d_bias,
     q_batch, q_token, q_head, local_batch, local_token, local_head, d_batch, d_token, d_head, dq_batch, dq_token, dq_head,
     length, offset, segments, parts, segment_length, heads, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, SHARED_BY: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, FUSED: tl.constexpr, TURNED: tl.constexpr,
-    NORM: tl.constexpr, MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, EXACT: tl.constexpr,
+    NORM: tl.constexpr, MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment, HEADS query heads of one memory.
 
@@ -179,7 +197,7 @@ def read_backward_kernel(
     b = (program // units // parts // segments).to(tl.int64)
     columns = tl.arange(0, BD)
     inside = columns < D
-    first, last = tokens_of(segment, part, segment_length, PART, offset, length)
+    first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     memory = (b * segments + segment) * (heads // SHARED_BY) + unit * HEADS // SHARED_BY
     z = tl.load(normalizers + memory * D + columns, mask=inside, other=0.0)
     if BV == BD:
@@ -267,16 +285,19 @@ def read_and_mix_backward(
     mix_empty: bool,
     eps: float,
     floor: float,
+    bounds: Tensor | None = None,
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, local_output, matrices, normalizers, beta, scale and bias; empty where there was None."""
     return gradients_by(
-        d_mixed, q, local_output, matrices, normalizers, beta, scale, bias, has_memory, offset, segment_length, mix_empty, eps, floor
-    )
+        d_mixed, q, local_output, matrices, normalizers, beta, scale, bias, has_memory, offset, segment_length, mix_empty, eps, floor,
+        bounds=bounds, padded=padded,
+    )  # fmt: skip
 
 
 def gradients_by(
     d_mixed, q, local_output, matrices, normalizers, beta, scale, bias, has_memory,
-    offset, segment_length, mix_empty, eps, floor, tiles: Tiles | None = None,
+    offset, segment_length, mix_empty, eps, floor, tiles: Tiles | None = None, bounds: Tensor | None = None, padded: bool = False,
 ):  # fmt: skip
     """`read_and_mix_backward` with other tiles than the table's."""
     batch, length, heads, dim = q.shape
@@ -286,7 +307,7 @@ def gradients_by(
     exact, norm = is_exact(q, local_output, d_mixed), scale is not None
     tiles = (tiles or Tiles.of("read_backward", dim, segment_length, exact, shared_memory(q.device))).within(segment_length)
     parts, part = tiles.parts(segment_length)
-    dq, d_local = (torch.empty(q.shape, dtype=x.dtype, device=q.device) for x in (q, local_output))
+    dq, d_local = (room_for(padded)(q.shape, dtype=x.dtype, device=q.device) for x in (q, local_output))
 
     def fp32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -302,17 +323,18 @@ def gradients_by(
     with on_device_of(q):
         read_backward_kernel[(batch * segments * parts * (heads // together),)](
             q, local_output, d_mixed, matrices, normalizers, beta, scale if norm else q, bias if norm else q,
-            q if has_memory is None else has_memory,
+            q if has_memory is None else has_memory, q if bounds is None else bounds,
             dq, d_local, weights, z_weights, d_matrices, d_normalizers, d_beta, d_scale, d_bias,
             *q.stride()[:3], *local_output.stride()[:3], *d_mixed.stride()[:3], *dq.stride()[:3],
             length, offset, segments, parts, segment_length, heads, eps, floor,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, SHARED_BY=heads // groups,
             HEADS=together, ROWS=tiles.rows, AHEAD=tiles.loop_stages, FUSED=fused,
-            TURNED=tiles.turned, NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty, EXACT=exact, **tiles.options,
+            TURNED=tiles.turned, NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty,
+            RAGGED=bounds is not None, EXACT=exact, **tiles.options,
         )  # fmt: skip
     if not fused:
         d_matrices, d_normalizers = sum_outer(
-            q, d_mixed, weights, z_weights, scale, bias, groups, offset, segments, segments, segment_length, eps
+            q, d_mixed, weights, z_weights, scale, bias, groups, offset, segments, segments, segment_length, eps, bounds=bounds
         )
     elif parts > 1:
         d_matrices, d_normalizers = added_up(d_matrices, parts, segments), added_up(d_normalizers, parts, segments)
@@ -325,7 +347,7 @@ def gradients_by(
 @read_and_mix_backward.register_fake
 def _(
     d_mixed, q, local_output, matrices, normalizers, beta, scale, bias, has_memory,
-    offset, segment_length, mix_empty, eps, floor,
+    offset, segment_length, mix_empty, eps, floor, bounds=None, padded=False,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
@@ -339,18 +361,18 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.offset, ctx.segment_length, ctx.mix_empty, ctx.eps, ctx.floor = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.offset, ctx.segment_length, ctx.mix_empty, ctx.eps, ctx.floor, bounds, ctx.padded = inputs
+    ctx.save_for_backward(*tensors, bounds)
 
 
 def _backward(ctx, d_mixed):
-    saved = ctx.saved_tensors
+    *saved, bounds = ctx.saved_tensors
     dq, d_local, d_matrices, d_normalizers, d_beta, d_scale, d_bias = read_and_mix_backward(
-        d_mixed, *saved, ctx.offset, ctx.segment_length, ctx.mix_empty, ctx.eps, ctx.floor
+        d_mixed, *saved, ctx.offset, ctx.segment_length, ctx.mix_empty, ctx.eps, ctx.floor, bounds, ctx.padded
     )
     if saved[5] is None:
         d_scale = d_bias = None
-    return dq, d_local, d_matrices, d_normalizers, d_beta, d_scale, d_bias, *[None] * 6
+    return dq, d_local, d_matrices, d_normalizers, d_beta, d_scale, d_bias, *[None] * 8
 
 
 read_and_mix.register_autograd(_backward, setup_context=_save)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infini.kernels.deltanet import single, through_unit, unit
 from infini.kernels.parts import add_rows, as_bytes, last_axis_contiguous, load_tile, store_tile, tokens_of
-from infini.kernels.read import shares
+from infini.kernels.read import room_for, shares
 from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
 
 
@@ -22,11 +22,11 @@ def load_square(matrix, columns, inside, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "offset", "segments"])
 def read_deltanet_kernel(
-    q, local, matrices, norm, beta, has_memory, mixed,
+    q, local, matrices, norm, beta, has_memory, bounds, mixed,
     q_batch, q_token, q_head, local_batch, local_token, local_head, mixed_batch, mixed_token, mixed_head,
     length, offset, segments, parts, segment_length, heads, eps,
     D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, SHARED_BY: tl.constexpr,
-    MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment, one query head."""
     program = tl.program_id(0)
@@ -34,7 +34,7 @@ def read_deltanet_kernel(
     b = (program // heads // parts // segments).to(tl.int64)
     columns = tl.arange(0, BD)
     inside = columns < D
-    first, last = tokens_of(segment, part, segment_length, PART, offset, length)
+    first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     memory = (b * segments + segment) * (heads // SHARED_BY) + head // SHARED_BY
     matrix = load_square(matrices + memory * D * D, columns, inside, D)
     weight, share, local_share, asked = shares(beta, has_memory, head, b * segments + segment, MASKED, MIX_EMPTY)
@@ -54,11 +54,11 @@ def read_deltanet_kernel(
 
 @triton.jit(do_not_specialize=["length", "offset", "segments"])
 def read_deltanet_backward_kernel(
-    q, local, d_mixed, matrices, norm, beta, has_memory, dq, d_local, d_matrices, d_beta, d_norm,
+    q, local, d_mixed, matrices, norm, beta, has_memory, bounds, dq, d_local, d_matrices, d_beta, d_norm,
     q_batch, q_token, q_head, local_batch, local_token, local_head, d_batch, d_token, d_head, dq_batch, dq_token, dq_head,
     length, offset, segments, parts, segment_length, heads, eps,
     D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, SHARED_BY: tl.constexpr, ROWS: tl.constexpr,
-    MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment, one query head.
 
@@ -69,7 +69,7 @@ def read_deltanet_backward_kernel(
     b = (program // heads // parts // segments).to(tl.int64)
     columns = tl.arange(0, BD)
     inside = columns < D
-    first, last = tokens_of(segment, part, segment_length, PART, offset, length)
+    first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     memory = (b * segments + segment) * (heads // SHARED_BY) + head // SHARED_BY
     matrix = load_square(matrices + memory * D * D, columns, inside, D)
     weight, share, local_share, asked = shares(beta, has_memory, head, b * segments + segment, MASKED, MIX_EMPTY)
@@ -115,13 +115,16 @@ def read_deltanet(
     segment_length: int,
     mix_empty: bool,
     eps: float,
+    bounds: Tensor | None = None,
+    padded: bool = False,
 ) -> Tensor:
-    """`memory.retrieve` of unit queries, an RMSNorm, and `memory.mix`, of uniform rows.
+    """`memory.retrieve` of unit queries, an RMSNorm, and `memory.mix`.
 
     Args:
         norm: weight of the RMSNorm `[d]`.
         eps: of the RMSNorm.
-        q, local_output, matrices, beta, has_memory, offset, segment_length, mix_empty: as of `read_and_mix`.
+        q, local_output, matrices, beta, has_memory, offset, segment_length, mix_empty, bounds, padded: as of
+            `read_and_mix`.
 
     Returns:
         `[b, tokens, h, d]` in the dtype of `local_output`.
@@ -129,24 +132,24 @@ def read_deltanet(
     batch, length, heads, dim = q.shape
     q, local_output = last_axis_contiguous(q), last_axis_contiguous(local_output)
     matrices, has_memory = matrices.contiguous(), as_bytes(has_memory)
-    mixed = torch.empty(q.shape, dtype=local_output.dtype, device=q.device)
+    mixed = room_for(padded)(q.shape, dtype=local_output.dtype, device=q.device)
     segments, groups = matrices.shape[1:3]
     exact = is_exact(q, local_output)
     tiles = Tiles.of("read_deltanet", dim, segment_length, exact, shared_memory(q.device))
     parts, part = tiles.parts(segment_length)
     with on_device_of(q):
         read_deltanet_kernel[(batch * segments * parts * heads,)](
-            q, local_output, matrices, norm, beta, q if has_memory is None else has_memory, mixed,
+            q, local_output, matrices, norm, beta, q if has_memory is None else has_memory, q if bounds is None else bounds, mixed,
             *q.stride()[:3], *local_output.stride()[:3], *mixed.stride()[:3],
             length, offset, segments, parts, segment_length, heads, eps,
             D=dim, BD=tiles.BD, BT=tiles.BT, PART=part, SHARED_BY=heads // groups,
-            MASKED=has_memory is not None, MIX_EMPTY=mix_empty, EXACT=exact, **tiles.options,
+            MASKED=has_memory is not None, MIX_EMPTY=mix_empty, RAGGED=bounds is not None, EXACT=exact, **tiles.options,
         )  # fmt: skip
     return mixed
 
 
 @read_deltanet.register_fake
-def _(q, local_output, matrices, norm, beta, has_memory, offset, segment_length, mix_empty, eps):
+def _(q, local_output, matrices, norm, beta, has_memory, offset, segment_length, mix_empty, eps, bounds=None, padded=False):
     return local_output.new_empty(q.shape)
 
 
@@ -163,6 +166,8 @@ def read_deltanet_backward(
     segment_length: int,
     mix_empty: bool,
     eps: float,
+    bounds: Tensor | None = None,
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, local_output, matrices, norm and beta."""
     batch, length, heads, dim = q.shape
@@ -172,7 +177,7 @@ def read_deltanet_backward(
     exact = is_exact(q, local_output, d_mixed)
     tiles = Tiles.of("read_deltanet", dim, segment_length, exact, shared_memory(q.device))
     parts, part = tiles.parts(segment_length)
-    dq, d_local = (torch.empty(q.shape, dtype=x.dtype, device=q.device) for x in (q, local_output))
+    dq, d_local = (room_for(padded)(q.shape, dtype=x.dtype, device=q.device) for x in (q, local_output))
     # One memory for each head and part; they are added up behind.
     sums = (batch, segments, parts, groups, heads // groups)
     d_matrices, d_norm, d_beta = (
@@ -180,12 +185,12 @@ def read_deltanet_backward(
     )
     with on_device_of(q):
         read_deltanet_backward_kernel[(batch * segments * parts * heads,)](
-            q, local_output, d_mixed, matrices, norm, beta, q if has_memory is None else has_memory,
+            q, local_output, d_mixed, matrices, norm, beta, q if has_memory is None else has_memory, q if bounds is None else bounds,
             dq, d_local, d_matrices, d_beta, d_norm,
             *q.stride()[:3], *local_output.stride()[:3], *d_mixed.stride()[:3], *dq.stride()[:3],
             length, offset, segments, parts, segment_length, heads, eps,
             D=dim, BD=tiles.BD, BT=tiles.BT, PART=part, SHARED_BY=heads // groups, ROWS=tiles.rows,
-            MASKED=has_memory is not None, MIX_EMPTY=mix_empty, EXACT=exact, **tiles.options,
+            MASKED=has_memory is not None, MIX_EMPTY=mix_empty, RAGGED=bounds is not None, EXACT=exact, **tiles.options,
         )  # fmt: skip
     if parts * (heads // groups) == 1:
         d_matrices = d_matrices.reshape(matrices.shape)
@@ -201,7 +206,7 @@ def read_deltanet_backward(
 
 
 @read_deltanet_backward.register_fake
-def _(d_mixed, q, local_output, matrices, norm, beta, has_memory, offset, segment_length, mix_empty, eps):
+def _(d_mixed, q, local_output, matrices, norm, beta, has_memory, offset, segment_length, mix_empty, eps, bounds=None, padded=False):
     return (
         q.new_empty(q.shape),
         local_output.new_empty(q.shape),
@@ -212,13 +217,14 @@ def _(d_mixed, q, local_output, matrices, norm, beta, has_memory, offset, segmen
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.offset, ctx.segment_length, ctx.mix_empty, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.offset, ctx.segment_length, ctx.mix_empty, ctx.eps, bounds, ctx.padded = inputs
+    ctx.save_for_backward(*tensors, bounds)
 
 
 def _backward(ctx, d_mixed):
-    found = read_deltanet_backward(d_mixed, *ctx.saved_tensors, ctx.offset, ctx.segment_length, ctx.mix_empty, ctx.eps)
-    return *found, *[None] * 5
+    *saved, bounds = ctx.saved_tensors
+    found = read_deltanet_backward(d_mixed, *saved, ctx.offset, ctx.segment_length, ctx.mix_empty, ctx.eps, bounds, ctx.padded)
+    return *found, *[None] * 7
 
 
 read_deltanet.register_autograd(_backward, setup_context=_save)

@@ -14,8 +14,18 @@ BLOCK = 256
 COLUMNS, WARPS = 16, 8
 
 
+@triton.jit
+def emptied(x, fresh, place, FRESH: tl.constexpr):
+    """x, or 0 where a document begins: chosen and not multiplied, because what is dropped may be infinite."""
+    if FRESH:
+        x = tl.where(tl.load(fresh + place) > 0, 0.0, x)
+    return x
+
+
 @triton.jit(do_not_specialize=["segments", "filled"])
-def scan_kernel(additions, before, first, last, segments, filled, columns, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+def scan_kernel(
+    additions, fresh, before, first, last, segments, filled, columns, REVERSE: tl.constexpr, FRESH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """One program: BLOCK numbers of one row's memories, through all segments."""
     b = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -25,12 +35,18 @@ def scan_kernel(additions, before, first, last, segments, filled, columns, REVER
         segment = segments - 1 - i if REVERSE else i
         at = (b * segments + segment) * columns + column
         y = tl.load(additions + at, mask=inside & (segment < filled), other=0.0)
+        if not REVERSE:
+            x = emptied(x, fresh, b * segments + segment, FRESH)
         tl.store(before + at, x, mask=inside)
         x += y
+        if REVERSE:
+            x = emptied(x, fresh, b * segments + segment, FRESH)
     tl.store(last + b * columns + column, x, mask=inside)
 
 
-def scan(additions: Tensor, first: Tensor, filled: int, in_place: bool = False, reverse: bool = False) -> tuple[Tensor, Tensor]:
+def scan(
+    additions: Tensor, first: Tensor, filled: int, in_place: bool = False, reverse: bool = False, fresh: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x_s = x_{s-1} + addition_s over axis 1: every x_{s-1}, and the last x.
 
     Args:
@@ -38,6 +54,7 @@ def scan(additions: Tensor, first: Tensor, filled: int, in_place: bool = False, 
         first: fp32 `[b, ...]`, the x before segment 0 (before the last one if `reverse`).
         in_place: the result takes the place of `additions`.
         reverse: from the last segment to the first, as the gradient goes.
+        fresh: uint8 `[b, segments]`, x is 0 before these segments, whatever came before; None: nowhere.
     """
     batch, segments = additions.shape[:2]
     columns = first[0].numel()
@@ -45,14 +62,18 @@ def scan(additions: Tensor, first: Tensor, filled: int, in_place: bool = False, 
     before, last = additions if in_place else torch.empty_like(additions), torch.empty_like(first)
     grid = (triton.cdiv(columns, BLOCK), batch)
     with on_device_of(additions):
-        scan_kernel[grid](additions, before, first, last, segments, filled, columns, REVERSE=reverse, BLOCK=BLOCK, num_warps=2)
+        scan_kernel[grid](
+            additions, additions if fresh is None else fresh, before, first, last, segments, filled, columns,
+            REVERSE=reverse, FRESH=fresh is not None, BLOCK=BLOCK, num_warps=2,
+        )  # fmt: skip
     return before, last
 
 
 @triton.jit(do_not_specialize=["segments", "filled", "mapped"])
 def affine_kernel(
-    additions, grams, before, first, last, segments, filled, mapped,
-    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
+    additions, grams, fresh, before, first, last, segments, filled, mapped,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, FRESH: tl.constexpr, TRANSPOSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BV columns of one memory, through all segments. The maps mix rows alone, so columns know nothing of each other."""
     memory, groups = tl.program_id(0), tl.num_programs(0)
@@ -69,21 +90,32 @@ def affine_kernel(
         of_map = ((b * mapped + segment) * groups + memory) * D * D
         y = tl.load(additions + at + place, mask=inside & (segment < filled), other=0.0)
         gram = tl.load(grams + of_map + turned, mask=square & (segment < mapped), other=0.0)
+        if not REVERSE:
+            x = emptied(x, fresh, b * segments + segment, FRESH)
         tl.store(before + at + place, x, mask=inside)
         # A memory is a sum of thousands of pairs: fp32 whatever the inputs are.
         x = x + y - product(gram, x, tl.zeros([BD, BV], tl.float32), True)
+        if REVERSE:
+            x = emptied(x, fresh, b * segments + segment, FRESH)
     tl.store(last + (b * groups + memory) * D * D + place, x, mask=inside)
 
 
 def affine_scan(
-    additions: Tensor, grams: Tensor, first: Tensor, filled: int, in_place: bool = False, reverse: bool = False, transposed: bool = False
+    additions: Tensor,
+    grams: Tensor,
+    first: Tensor,
+    filled: int,
+    in_place: bool = False,
+    reverse: bool = False,
+    transposed: bool = False,
+    fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_s = (I - G_s) x_{s-1} + addition_s over axis 1: every x_{s-1}, and the last x.
 
     Args:
         additions: fp32 `[b, segments, g, d, d]`, contiguous; from segment `filled` on nothing is added.
         grams: G, fp32 `[b, mapped, g, d, d]`, contiguous; 0 from segment `mapped` on.
-        first, in_place, reverse: as in `scan`.
+        first, in_place, reverse, fresh: as in `scan`.
         transposed: by G_s^T, as the gradient goes.
     """
     batch, segments, groups, dim = additions.shape[:4]
@@ -93,7 +125,7 @@ def affine_scan(
     stages = 2 if wide < 128 or shared_memory(additions.device) >= MUCH_SHARED else 1
     with on_device_of(additions):
         affine_kernel[(groups, triton.cdiv(dim, COLUMNS), batch)](
-            additions, grams, before, first, last, segments, filled, grams.shape[1],
-            D=dim, BD=wide, BV=COLUMNS, REVERSE=reverse, TRANSPOSED=transposed, STAGES=stages, num_warps=WARPS,
+            additions, grams, additions if fresh is None else fresh, before, first, last, segments, filled, grams.shape[1],
+            D=dim, BD=wide, BV=COLUMNS, REVERSE=reverse, FRESH=fresh is not None, TRANSPOSED=transposed, STAGES=stages, num_warps=WARPS,
         )  # fmt: skip
     return before, last

@@ -11,6 +11,7 @@ from torch import Tensor
 from infini.kernels.outer import sum_outer
 from infini.kernels.parts import (
     add_rows,
+    as_bytes,
     features,
     last_axis_contiguous,
     load_matrix,
@@ -40,8 +41,10 @@ def write_linear(
     slots: int,
     segment_length: int,
     eps: float,
+    bounds: Tensor | None = None,
+    fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Write segment after segment, equation (4) of arXiv:2404.07143: `memory.write_segments` of uniform rows.
+    """Write segment after segment, equation (4) of arXiv:2404.07143: `memory.write_segments`.
 
     Args:
         k, v: `[b, tokens, g, d]` in fp32, bf16 or fp16, last axis contiguous.
@@ -53,22 +56,25 @@ def write_linear(
         slots: memories to give, `written` or one more (of the open segment at the end).
         segment_length: tokens of a segment.
         eps: of the root mean square.
+        bounds: of rows that differ, int32 `[b, slots, 2]`: first token of each segment and the one behind its last, the same for a
+            segment that is not written. `offset` says nothing then, and `written` is `slots`.
+        fresh: bool `[b, slots]`, True where a document begins and the memory is emptied first; None: nowhere.
 
     Returns:
         M `[b, slots, g, d, d]` and z `[b, slots, g, d]` before each segment, M and z after the last written one.
     """
     k, v = last_axis_contiguous(k), last_axis_contiguous(v)
-    strength = None if strength is None else strength.contiguous()
+    strength, fresh = None if strength is None else strength.contiguous(), as_bytes(fresh)
     matrices, normalizers = sum_outer(
-        k, v, strength, None, scale, bias, k.shape[2], offset, written, slots, segment_length, eps
+        k, v, strength, None, scale, bias, k.shape[2], offset, written, slots, segment_length, eps, bounds=bounds
     )
-    before, after = scan(matrices, matrix, written, in_place=True)
-    z_before, z_after = scan(normalizers, normalizer, written, in_place=True)
+    before, after = scan(matrices, matrix, written, in_place=True, fresh=fresh)
+    z_before, z_after = scan(normalizers, normalizer, written, in_place=True, fresh=fresh)
     return before, z_before, after, z_after
 
 
 @write_linear.register_fake
-def _(k, v, strength, scale, bias, matrix, normalizer, offset, written, slots, segment_length, eps):
+def _(k, v, strength, scale, bias, matrix, normalizer, offset, written, slots, segment_length, eps, bounds=None, fresh=None):
     batch, _, groups, dim = k.shape
     return (
         matrix.new_empty(batch, slots, groups, dim, dim),
@@ -80,12 +86,12 @@ def _(k, v, strength, scale, bias, matrix, normalizer, offset, written, slots, s
 
 @triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
 def write_backward_kernel(
-    k, v, strength, scale, bias, d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
+    k, v, strength, scale, bias, bounds, d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
     k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head,
     length, offset, segments, slots, parts, segment_length, groups, eps,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr, AHEAD: tl.constexpr, TURNED: tl.constexpr,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment of one memory. dv = f dM; the gradient of f = w sigma is e = v dM^T + dz, that of w sigma.e.
 
@@ -96,7 +102,7 @@ def write_backward_kernel(
     b = (program // groups // parts // segments).to(tl.int64)
     columns = tl.arange(0, BD)
     inside = columns < D
-    first, last = tokens_of(segment, part, segment_length, PART, offset, length)
+    first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     memory = (b * slots + segment) * groups + group
     dz = tl.load(d_normalizers + memory * D + columns, mask=inside, other=0.0)
     key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
@@ -158,23 +164,28 @@ def write_linear_backward(
     written: int,
     segment_length: int,
     eps: float,
+    bounds: Tensor | None = None,
+    fresh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, strength, scale, bias, matrix and normalizer; empty where there was None."""
     k, v = last_axis_contiguous(k), last_axis_contiguous(v)
-    strength = None if strength is None else strength.contiguous()
+    strength, fresh = None if strength is None else strength.contiguous(), as_bytes(fresh)
     # An addition is in every memory behind its segment.
-    d_matrices, d_matrix = scan(d_before.contiguous(), d_after, d_before.shape[1], reverse=True)
-    d_normalizers, d_normalizer = scan(dz_before.contiguous(), dz_after, d_before.shape[1], reverse=True)
-    dk, dv, d_strength = new_gradients(k, v, strength, written * segment_length)
+    d_matrices, d_matrix = scan(d_before.contiguous(), d_after, d_before.shape[1], reverse=True, fresh=fresh)
+    d_normalizers, d_normalizer = scan(dz_before.contiguous(), dz_after, d_before.shape[1], reverse=True, fresh=fresh)
+    dk, dv, d_strength = new_gradients(k, v, strength, written * segment_length, bounds)
     d_scale, d_bias = backward_of_sums(
-        k, v, strength, scale, bias, d_matrices, d_normalizers, dk, dv, d_strength, offset, written, segment_length, eps
-    )
+        k, v, strength, scale, bias, d_matrices, d_normalizers, dk, dv, d_strength, offset, written, segment_length, eps,
+        bounds=bounds,
+    )  # fmt: skip
     return dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer
 
 
-def new_gradients(k: Tensor, v: Tensor, strength: Tensor | None, covered: int) -> tuple[Tensor, Tensor, Tensor]:
+def new_gradients(
+    k: Tensor, v: Tensor, strength: Tensor | None, covered: int, bounds: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients of k, v and strengths. What is not written has no gradient, and no program."""
-    new = torch.empty if covered == k.shape[1] else torch.zeros
+    new = torch.empty if covered == k.shape[1] and bounds is None else torch.zeros
     dk, dv = (new(k.shape, dtype=x.dtype, device=k.device) for x in (k, v))
     return dk, dv, new(k.shape[:3] if strength is not None else 0, dtype=torch.float32, device=k.device)
 
@@ -196,6 +207,7 @@ def backward_of_sums(
     eps: float,
     add: bool = False,
     tiles: Tiles | None = None,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From the gradients of every segment's sums to dk, dv and d_strength, which are filled, and those of scale and bias.
 
@@ -203,6 +215,7 @@ def backward_of_sums(
         d_matrices, d_normalizers: fp32 `[b, slots, g, d, d]` and `[b, slots, g, d]`.
         add: dk and d_strength hold gradients of features and strengths, which are added.
         tiles: None: those of the table.
+        bounds: as of `write_linear`.
     """
     batch, length, groups, dim = k.shape
     exact, norm = is_exact(k, v), scale is not None
@@ -213,11 +226,11 @@ def backward_of_sums(
     with on_device_of(k):
         write_backward_kernel[(batch * written * parts * groups,)](
             k, v, strength if strength is not None else k, scale if norm else k, bias if norm else k,
-            d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
+            k if bounds is None else bounds, d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
             *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
             length, offset, written, d_matrices.shape[1], parts, segment_length, groups, eps,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
-            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, ADD=add, EXACT=exact, **tiles.options,
+            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, ADD=add, RAGGED=bounds is not None, EXACT=exact, **tiles.options,
         )  # fmt: skip
     if norm:
         d_scale, d_bias = d_scale.sum(dim=(0, 1, 2)).to(scale.dtype), d_bias.sum(dim=(0, 1, 2)).to(bias.dtype)
@@ -225,7 +238,7 @@ def backward_of_sums(
 
 
 @write_linear_backward.register_fake
-def _(k, v, strength, scale, bias, d_before, dz_before, d_after, dz_after, offset, written, segment_length, eps):
+def _(k, v, strength, scale, bias, d_before, dz_before, d_after, dz_after, offset, written, segment_length, eps, bounds=None, fresh=None):
     none = d_after.new_empty(0)
     return (
         k.new_empty(k.shape),
@@ -239,15 +252,15 @@ def _(k, v, strength, scale, bias, d_before, dz_before, d_after, dz_after, offse
 
 
 def _save(ctx, inputs, output):
-    k, v, strength, scale, bias, _, _, ctx.offset, ctx.written, _, ctx.segment_length, ctx.eps = inputs
-    ctx.save_for_backward(k, v, strength, scale, bias)
+    k, v, strength, scale, bias, _, _, ctx.offset, ctx.written, _, ctx.segment_length, ctx.eps, bounds, fresh = inputs
+    ctx.save_for_backward(k, v, strength, scale, bias, bounds, fresh)
 
 
 def _backward(ctx, d_before, dz_before, d_after, dz_after):
-    k, v, strength, scale, bias = ctx.saved_tensors
+    k, v, strength, scale, bias, bounds, fresh = ctx.saved_tensors
     dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer = write_linear_backward(
         k, v, strength, scale, bias, d_before, dz_before, d_after, dz_after,
-        ctx.offset, ctx.written, ctx.segment_length, ctx.eps,
+        ctx.offset, ctx.written, ctx.segment_length, ctx.eps, bounds, fresh,
     )  # fmt: skip
     return (
         dk,
@@ -257,7 +270,7 @@ def _backward(ctx, d_before, dz_before, d_after, dz_after):
         None if bias is None else d_bias,
         d_matrix,
         d_normalizer,
-        *[None] * 5,
+        *[None] * 7,
     )
 
 

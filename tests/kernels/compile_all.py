@@ -44,13 +44,13 @@ NUMBERS = {"length", "offset", "segments", "slots", "parts", "segment_length", "
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def compiled(name, dim, dtype, capability, shared, tiles=None):
+def compiled(name, dim, dtype, capability, shared, tiles=None, ragged=True):
     kernel, tiles_of = KERNELS[name]
     exact = dtype != "bfloat16"
     tiles = tiles or Tiles.of(tiles_of, dim, 256, exact, shared)
     choices = {"D": dim, "BD": tiles.BD, "BV": tiles.BV, "BT": tiles.BT, "PART": 256, "SHARED_BY": 2, "NORM": True, "N": tiles.BT}
     choices |= {"ROWS": tiles.rows, "AHEAD": tiles.loop_stages, "FUSED": tiles.fused, "TURNED": tiles.turned, "HEADS": 2 if tiles.fused else 1}
-    choices |= {"WEIGHTS": 2, "WEIGHTED": True, "MASKED": True, "MIX_EMPTY": False, "EXACT": exact}
+    choices |= {"WEIGHTS": 2, "WEIGHTED": True, "MASKED": True, "MIX_EMPTY": False, "RAGGED": ragged, "FRESH": ragged, "EXACT": exact}
     choices |= {"REVERSE": False, "TRANSPOSED": True, "BLOCK": 256, "ADD": True, "STAGES": 2 if tiles.BD < 128 or shared >= MUCH_SHARED else 1}
     warps = WARPS if name == "affine" else tiles.warps
     if name == "affine":
@@ -63,8 +63,10 @@ def compiled(name, dim, dtype, capability, shared, tiles=None):
             continue
         if name in ("eps", "floor"):
             signature[name] = "fp32"
-        elif name == "has_memory":
+        elif name in ("has_memory", "fresh"):
             signature[name] = "*u8"
+        elif name == "bounds":
+            signature[name] = "*i32"
         elif name in NUMBERS or name.endswith(("_batch", "_token", "_head")):
             signature[name] = "i32"
         else:

@@ -10,7 +10,7 @@ from infini.kernels import choice
 from infini.kernels.choice import choose_memory_backend
 from infini.testing import assert_witnessed
 
-CASE = {"update_rule": "linear", "feature_map": "elu", "head_dim": 64, "uniform": True, "traced": False}
+CASE = {"update_rule": "linear", "feature_map": "elu", "head_dim": 64, "traced": False}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GATED = {"update_rule": "deltanet", "feature_map": "none", "write_gate": True, "local_attention": "sliding"}
 LONG = {"write_gate": True, "qk_norm": True, "local_attention": "sliding"}
@@ -35,7 +35,6 @@ def make(backend, device, **changes):
         ({"feature_map": "dpfp"}, torch.float32, "not for 'linear' with 'dpfp'"),
         ({"head_dim": 258}, torch.float32, "256 wide with update_rule 'linear', not 258"),
         ({"update_rule": "deltanet", "head_dim": 130}, torch.float32, "128 wide with update_rule 'deltanet', not 130"),
-        ({"uniform": False}, torch.float32, "rows differ in length"),
         ({"traced": True}, torch.float32, "statistics"),
         ({}, torch.float64, "not torch.float64"),
     ],
@@ -67,13 +66,12 @@ def test_on_a_cpu_auto_is_the_plain_code():
     assert choose_memory_backend("auto", CPU, torch.float32, **CASE) == "torch"
 
 
-def test_a_model_falls_back_where_rows_differ(kernel_device):
-    tokens, padding = torch.randint(256, (2, 20), device=kernel_device), torch.zeros(2, 20, dtype=torch.bool, device=kernel_device)
-    padding[0, :3] = True
-    with pytest.raises(InputError, match="rows differ in length"):
-        make("triton", kernel_device)(tokens, padding=padding)
+def test_a_traced_model_falls_back(kernel_device):
+    tokens = torch.randint(256, (2, 20), device=kernel_device)
+    with pytest.raises(InputError, match="statistics"):
+        make("triton", kernel_device)(tokens, trace={})
     with torch.no_grad():
-        found, plain = (make(backend, kernel_device)(tokens, padding=padding)[0] for backend in ("auto", "torch"))
+        found, plain = (make(backend, kernel_device)(tokens, trace={})[0] for backend in ("auto", "torch"))
     assert torch.equal(found, plain)
 
 
@@ -122,6 +120,38 @@ def test_logits_state_and_gradients_of_a_model(changes, kernel_device, monkeypat
         assert_witnessed(name, found[name], plain[name], true)
 
 
+def rows_that_differ(device):
+    """Two pieces of rows with padding on the left or inside, documents that begin anywhere, and segments open to different lengths."""
+    torch.manual_seed(6)
+    for length in (29, 22):
+        tokens, padding, reset = torch.randint(256, (3, length)), torch.zeros(3, length, dtype=torch.bool), torch.zeros(3, length, dtype=torch.bool)
+        padding[0, :7] = padding[2, 10:15] = True
+        reset[1, 4] = reset[1, 21] = reset[2, 2] = True
+        yield tokens.to(device), {"padding": padding.to(device), "reset": reset.to(device)}
+
+
+@pytest.mark.parametrize("changes", [{}, LONG, {"update_rule": "delta"} | LONG, GATED], ids=["paper", "long", "delta", "deltanet"])
+def test_rows_that_differ(changes, kernel_device, monkeypatch):
+    spy = Spy(monkeypatch)
+
+    def run(model, device):
+        state, loss, found = None, 0.0, {}
+        for i, (tokens, given) in enumerate(rows_that_differ(device)):
+            logits, state = model(tokens, state, **given)
+            found[f"logits {i}"] = logits
+            loss = loss + logits[~given["padding"]].double().square().mean()
+        found |= {name: x for name, x in zip("Mz", state.layers[1].memory, strict=True) if x is not None}
+        loss = loss + sum(found[name].double().mean() for name in "Mz" if name in found)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        return found | dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+    found = run(make("triton", kernel_device, **changes), kernel_device)
+    assert spy.calls == {"read": 4, "write": 4}
+    plain, oracle = run(make("torch", kernel_device, **changes), kernel_device), run(make("torch", "cpu", **changes).double(), "cpu")
+    for name, true in oracle.items():
+        assert_witnessed(name, found[name], plain[name], true)
+
+
 @torch.no_grad()
 def test_token_by_token(kernel_device, monkeypatch):
     spy = Spy(monkeypatch)
@@ -141,22 +171,25 @@ def test_token_by_token(kernel_device, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
 def test_the_map_that_a_text_lays_on_the_memory(rule, kernel_device):
-    """It begins inside a segment; of `delta` the first write of an empty memory erases nothing."""
+    """It begins inside a segment; of `delta` the first write of an empty memory erases nothing. At the end one row gets a new document."""
     tokens, found = torch.randint(256, (2, 61), device=kernel_device), {}
+    reset = torch.zeros(2, 12, dtype=torch.bool, device=kernel_device)
+    reset[1, 5] = True
     for backend in ("triton", "torch"):
         model, state, found[backend] = make(backend, kernel_device, **GATED if rule == "deltanet" else LONG | {"update_rule": rule}), None, []
         for piece in tokens.split([7, 40, 2, 12], dim=1):
             maps = {}
-            _, state = model(piece, state, maps=maps)
+            _, state = model(piece, state, maps=maps, reset=reset if piece.shape[1] == 12 else None)
             found[backend] += maps["layers"]
     for mine, other in zip(found["triton"], found["torch"], strict=True):
-        if rule == "linear":
+        if rule == "linear" and (mine is None or other is None):
             assert mine is other is None
         else:
             identity = torch.eye(16, device=kernel_device).expand(2, 1, 16, 16)
             torch.testing.assert_close(identity if mine is None else mine, identity if other is None else other)
     if rule != "linear":
         assert not torch.allclose(found["triton"][2], identity)
+    assert not found["triton"][-1][1].any() and found["triton"][-1][0].any()
 
 
 def test_a_silenced_memory_is_written_and_not_read(kernel_device):
@@ -196,16 +229,19 @@ def test_under_autocast_the_state_is_fp32(kernel_device):
     [(False, [35], "linear"), (False, [35], "delta"), (False, [35], "deltanet"), pytest.param(True, [35, 52], "linear", marks=pytest.mark.slow)],
     ids=["one-length", "delta", "deltanet", "any-length"],  # any length is a minute: shapes are symbols
 )
-def test_a_block_compiles_to_one_graph(dynamic, lengths, rule, kernel_device):
+@pytest.mark.parametrize("documents", [False, True], ids=["alike", "documents"])
+def test_a_block_compiles_to_one_graph(dynamic, lengths, rule, documents, kernel_device):
     """Forward and backward."""
+    torch._dynamo.reset()  # graphs of other cases count against the limit of one function
     changes = {"num_hidden_layers": 1} | (GATED if rule == "deltanet" else LONG | {"update_rule": rule})
     plain, compiled = (make("triton", kernel_device, **changes) for _ in range(2))
     compiled.blocks[0].compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for length in lengths:
         tokens, found = torch.randint(256, (1, length), device=kernel_device), []
+        reset = (torch.arange(length, device=kernel_device) == 21).unsqueeze(0) if documents else None
         for model in (plain, compiled):
             model.zero_grad()
-            logits, _ = model(tokens)
+            logits, _ = model(tokens, reset=reset)
             logits.square().mean().backward()
             found.append((logits, model.blocks[0].attention.k_proj.weight.grad))
         for mine, other in zip(*found, strict=True):

@@ -97,6 +97,11 @@ def test_equals_a_walk(case, sliding):
             if places:
                 assert fresh[row, s] == what["fresh"]
                 assert has[row, s] == what["has"]
+            if not plan.uniform:
+                reads, writes = (list(range(*table[row, s].tolist())) for table in (plan.reads, plan.writes))
+                assert reads == [t for t, place in enumerate(places) if place[0] == s]
+                carried = range(h - opened[row], h) if s == 0 and not reset[row, 0] else ()
+                assert writes == ([*carried, *(h + t for t in reads)] if what["count"] == n else [])
         assert not written[row, len(segments) :].any()
         assert plan.open_length[row] == open_after
         assert plan.tokens_seen[row] == seen_after
@@ -106,6 +111,7 @@ def test_equals_a_walk(case, sliding):
         back = plan.grid_to_line(plan.line_to_grid(line[:, h:]))
         assert torch.equal(back[row, : lengths[row]], line[row, h:][: lengths[row]])
     assert plan.segments == max(1, most)
+    assert plan.padded == (min(lengths) < tokens)
 
 
 def test_rows_that_agree_need_no_index():
