@@ -1,7 +1,7 @@
 """The memory's part of one layer by its backends: write, scan, read, mix; projections and local attention left out."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ BACKENDS = ("torch", "compiled", "triton")
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer's memory at work: `rows` texts of `tokens` tokens."""
+    """One layer's memory at work: `rows` texts of `tokens` tokens, or documents of `document` tokens on average packed into them."""
 
     rows: int
     tokens: int
@@ -37,6 +37,7 @@ class Shape:
     groups: int
     head_dim: int
     variant: str = "gated"
+    document: int = 0
 
 
 SHAPES = (
@@ -48,11 +49,14 @@ SHAPES = (
     Shape(1, 65536, 1024, 8, 8, 96),
     Shape(1, 65536, 1024, 4, 2, 256),
     Shape(1, 65536, 8192, 8, 8, 128),
+    # Behind the same rows without documents, which they are compared with.
+    Shape(20, 4096, 256, 4, 4, 128, document=1000),
+    Shape(1, 131072, 2048, 8, 8, 128, "linear", document=20000),
 )
 
 
 class MemoryCase:
-    """A layer, the plan of whole rows from the start of a text, and inputs of `InfiniAttention.remember` in bf16."""
+    """A layer, the plan of rows from the start of a text, and inputs of `InfiniAttention.remember` in bf16."""
 
     def __init__(self, shape: Shape, device: torch.device):
         self.shape, self.device = shape, device
@@ -75,7 +79,7 @@ class MemoryCase:
             empty=zeros == 0,
             history=0,
             lengths=None,
-            reset=None,
+            reset=_begins(shape) if shape.document else None,
             device=device,
         )
 
@@ -159,16 +163,26 @@ class MemoryCase:
         return call
 
 
+def _begins(shape: Shape) -> Tensor:
+    """bool `[rows, tokens]`: where documents begin, the first with its row and the others anywhere."""
+    drawn = torch.rand(shape.rows, shape.tokens, generator=torch.Generator().manual_seed(0))
+    return (drawn < 1 / shape.document) | (torch.arange(shape.tokens) == 0)
+
+
 def trials(device: torch.device, shapes: tuple[Shape, ...] = SHAPES, backends: tuple[str, ...] = BACKENDS) -> Trials:
-    """The memory's part in several shapes."""
+    """The memory's part in several shapes: over the plain code, and of packed documents over whole rows by the same backend."""
+    whole: dict[tuple, float] = {}
     for shape in shapes:
         case = MemoryCase(shape, device)
         for gradient in (False, True):
             plain = None
             for backend in backends:
-                row = yield memory_trial("memory", case, backend, gradient, plain)
-                if backend == "torch" and "milliseconds" in row:
-                    plain = ("torch", row["milliseconds"])
+                same = whole.get((replace(shape, document=0), backend, gradient)) if shape.document else None
+                row = yield memory_trial("memory", case, backend, gradient, ("whole rows", same) if same else plain)
+                if "milliseconds" in row:
+                    whole[shape, backend, gradient] = row["milliseconds"]
+                    if backend == "torch":
+                        plain = ("torch", row["milliseconds"])
         del case
 
 

@@ -236,6 +236,7 @@ def bench_shape(row: Mapping[str, Any]) -> str:
         return f"{row['tokens']:,}" if "tokens" in row else "-"
     reach = f" / {shape['segment_length']:,}" if shape.get("segment_length") else ""
     reach += f" window {shape['window']:,}" if shape.get("window") else ""
+    reach += f" packed {shape['document']:,}" if shape.get("document") else ""
     return "{rows} x {tokens:,}{reach}, {heads} : {groups} x {head_dim}".format(reach=reach, **shape)
 
 

@@ -15,6 +15,7 @@ from infini.bench.trial import Ceilings, Trial, measure
 from infini.bench.work import Work
 from infini.report.record import read_record
 from infini.report.render import render
+from infini.report.tables import bench_shape
 
 pytest.importorskip("triton")
 from infini.kernels.tiles import TUNED, USES, Tiles  # noqa: E402
@@ -81,6 +82,25 @@ def test_every_part_is_timed_and_rendered(tmp_path, kernel_device, small, capsys
     assert all(f"## {part}\n" in text for part in SMALL.parts) and text.count("| Infini-attention | linear |") == 8
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("tokens/s") == len(rows)
+
+
+def test_packed_rows_are_compared_with_whole_ones(kernel_device):
+    """The ratio is to the same backend's time for the same tokens without documents."""
+    whole, packed = Shape(2, 24, 8, 2, 1, 16), Shape(2, 24, 8, 2, 1, 16, document=7)
+    assert 2 < memory._begins(packed).sum() < 24 and memory._begins(packed)[:, 0].all()
+    found, rows = memory.trials(kernel_device, (whole, packed), ("torch", "triton")), []
+    try:
+        one = next(found)
+        while True:
+            rows.append(measure(one, kernel_device, Ceilings(1e9, 1e12), 1, 0.001))
+            one = found.send(rows[-1])
+    except StopIteration:
+        pass
+    assert not [row for row in rows if "failed" in row]
+    for of_whole, of_packed in zip(rows[:4], rows[4:], strict=True):
+        assert of_packed["against"] == "whole rows"
+        assert of_packed["ratio"] == pytest.approx(of_packed["milliseconds"] / of_whole["milliseconds"])
+    assert "packed 7" in bench_shape(rows[-1]) and "packed" not in bench_shape(rows[0])
 
 
 def test_what_does_not_agree_is_not_timed(tmp_path, kernel_device, small, monkeypatch):
