@@ -1,6 +1,6 @@
-"""Compile every kernel for a GPU that need not be there: python compile_all.py CAPABILITY SHARED_BYTES DIM:DTYPE...
+"""Compile every kernel for a GPU that need not be there: python compile_all.py CAPABILITY SHARED_BYTES DIM:DTYPE[:differ]...
 
-Prints what each takes; exits with 1 where one does not compile or needs more shared memory than the GPU has.
+With `:differ` for rows that differ. Prints what each takes; exits with 1 where one does not compile or needs more shared memory than the GPU has.
 """
 
 import sys
@@ -44,7 +44,7 @@ NUMBERS = {"length", "offset", "segments", "slots", "parts", "segment_length", "
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def compiled(name, dim, dtype, capability, shared, tiles=None, ragged=True):
+def compiled(name, dim, dtype, capability, shared, tiles=None, ragged=False):
     kernel, tiles_of = KERNELS[name]
     exact = dtype != "bfloat16"
     tiles = tiles or Tiles.of(tiles_of, dim, 256, exact, shared)
@@ -82,13 +82,13 @@ def compiled(name, dim, dtype, capability, shared, tiles=None, ragged=True):
 def main(capability, shared, *cases):
     wrong = 0
     for case in cases:
-        dim, dtype = case.split(":")
+        dim, dtype, *differ = case.split(":")
         for name in KERNELS:
             if name in DELTA and int(dim) > LARGEST_HEAD["delta"]:
                 continue
             if name in OF_DELTANET and int(dim) > widest_deltanet(dtype != "bfloat16", int(shared)):
                 continue
-            needed = compiled(name, int(dim), dtype, int(capability), int(shared)).metadata.shared
+            needed = compiled(name, int(dim), dtype, int(capability), int(shared), ragged=bool(differ)).metadata.shared
             wrong += needed > int(shared)
             print(f"{name} {case}: {needed} bytes of shared memory", flush=True)
     return int(wrong > 0)

@@ -23,8 +23,9 @@ def compile_all(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
 
 
-def test_the_shipped_model_on_hopper():
-    done = compile_all(*of(HOPPER), "128:bfloat16")
+@pytest.mark.parametrize("rows", ["", ":differ"], ids=["alike", "differ"])
+def test_the_shipped_model_on_hopper(rows):
+    done = compile_all(*of(HOPPER), f"128:bfloat16{rows}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -34,7 +35,8 @@ def test_too_little_shared_memory_is_noticed():
 
 
 @pytest.mark.slow  # minutes, once
+@pytest.mark.parametrize("rows", ["", ":differ"], ids=["alike", "differ"])
 @pytest.mark.parametrize("gpu", [AMPERE, ADA, HOPPER], ids=["ampere", "ada", "hopper"])
-def test_every_width_and_dtype(gpu):
-    done = compile_all(*of(gpu), *EVERY)
+def test_every_width_and_dtype(gpu, rows):
+    done = compile_all(*of(gpu), *(case + rows for case in EVERY))
     assert done.returncode == 0, done.stdout + done.stderr
