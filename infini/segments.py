@@ -11,7 +11,8 @@ Two layouts occur:
 
 Rows in which all counts agree (`uniform`, the usual case) go from line to grid by padding and a view. Otherwise, with
 documents that begin inside a row or rows of different length, an index moves them. In both, the real tokens of a segment fill
-its slots from the left, so causality alone hides the empty ones.
+its slots from the left, so causality alone hides the empty ones. The kernels of the memory stay in the line:
+`reads` and `writes` tell them where each segment begins and ends there.
 """
 
 import torch

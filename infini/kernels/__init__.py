@@ -10,4 +10,8 @@
     read.py      read and mix, as a custom operator: queries, memories and local output in, mixed output out
     read_deltanet.py  the same of `deltanet`
     tiles.py     how each kernel is cut up
+
+Where rows are alike, the place of a segment's tokens is arithmetic. Where they differ (padding, documents that begin inside a row,
+open segments of different length) it stands in a table of `infini.segments`, one entry for each row and segment; an entry is empty
+where nothing is written, and the scans begin anew where a document does. Either is compiled without the other.
 """
