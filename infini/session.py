@@ -93,7 +93,7 @@ class StreamingSession:
             raise InputError("the text is empty; feed at least one token")
         if ids.dim() != 2 or len(ids) != self.batch_size:
             raise InputError(f"ids are {list(ids.shape)}; this session has {self.batch_size} rows: [batch, tokens]")
-        low, high = int(ids.min()), int(ids.max())
+        low, high = (int(end) for end in ids.aminmax())
         if ids.is_floating_point() or low < 0 or high >= self.model.config.vocab_size:
             raise InputError(
                 f"ids are {ids.dtype} from {low} to {high}; they must be integers from 0 to {self.model.config.vocab_size - 1}"
@@ -111,9 +111,10 @@ class StreamingSession:
         longest = int(lengths.max())
         for start in range(0, longest, self.piece):
             stop = min(start + self.piece, longest)
-            piece = _moved(ids[:, start:stop], device)
-            left_out = torch.arange(start, stop) >= lengths[:, None]
-            mask = left_out.to(device) if bool(left_out.any()) else None
+            piece, mask = _moved(ids[:, start:stop], device), None
+            # Without padding nothing is computed here between two calls of the model: see `_moved`.
+            if padding is not None and bool((left_out := torch.arange(start, stop) >= lengths[:, None]).any()):
+                mask = left_out.to(device)
             logits, self._state = self.model(piece, self.state, padding=mask, keep="last")
             self._step_holds_it = False
             logits = logits[:, 0].float()
@@ -242,11 +243,16 @@ def fetch(token: Tensor) -> Callable[[], Tensor]:
 
 
 def _moved(ids: Tensor, device: torch.device) -> Tensor:
-    """The ids as int64 on the device; on their way to a GPU the host goes on, and its next kernels are queued in time."""
-    ids = ids.long()
+    """The ids as int64 on the device; on their way to a GPU the host goes on, and its next kernels are queued in time.
+
+    They travel as they are and are widened there. numpy copies them, in this thread alone: torch would wake all of its threads for
+    each piece, and on a busy machine the GPU waits for the last of them.
+    """
     if device.type == "cuda" and not ids.is_cuda:
-        ids = ids.pin_memory()
-    return ids.to(device, non_blocking=True)
+        pinned = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        pinned.numpy()[...] = ids.numpy()
+        ids = pinned
+    return ids.to(device, non_blocking=True).long()
 
 
 def choose_token(

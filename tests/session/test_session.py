@@ -1,8 +1,12 @@
 """Sessions: reading in pieces, writing on, going on from a file, and what they refuse."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from infini import InfiniConfig, InfiniTransformer, InputError, StreamingSession
 from infini.session import choose_token
@@ -74,6 +78,33 @@ def test_pieces_and_progress(model):
     assert seen == [5, 10, 14] and session.tokens_seen == 14
     assert torch.allclose(session.feed([1]), StreamingSession(model).feed([*PROMPT, 1]), atol=1e-5)
     assert not session.feed([1]).requires_grad
+
+
+def test_between_two_pieces_nothing_as_long_as_a_piece_is_computed():
+    """Otherwise torch's threads are woken for each piece, and on a busy machine a GPU waits for them."""
+
+    class Computed(TorchDispatchMode):
+        sizes = ()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            found = op(*args, **(kwargs or {}))
+            if op is not torch.ops.aten.slice.Tensor:  # a view
+                self.sizes += (max(x.numel() for x in tree_leaves((args, found)) if isinstance(x, torch.Tensor)),)
+            return found
+
+    class Instant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.weight = SimpleNamespace(vocab_size=256), torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens, state, **options):
+            return torch.zeros(len(tokens), 1, 256), state
+
+    state = SimpleNamespace(batch_size=3, tokens_seen=torch.zeros(3, dtype=torch.long))
+    session, text = StreamingSession(Instant(), state=state, piece=1000), torch.zeros(3, 8000, dtype=torch.long)
+    with Computed() as computed:
+        session.feed(text)
+    assert sum(size >= 3 * 1000 for size in computed.sizes) == 1  # the range of the whole text, once
 
 
 def test_lists_arrays_and_narrow_integers_are_the_same(model):
