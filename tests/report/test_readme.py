@@ -135,6 +135,12 @@ def test_decoding_is_that_of_the_record():
     assert "in {:.2f} ms after 4,096, in {:.2f} ms after 131,072 and in {:.2f} ms".format(*plain) in README
 
 
+def test_how_far_the_training_with_other_needles_reached_is_its_record():
+    metrics = read("results/passkey_mixed_12m_conv/training/record.json")["metrics"]
+    assert f"gradients through at most {metrics['gradient_tokens']:,} tokens, states of up to {metrics['text_tokens']:,} tokens seen" in README
+    assert f"trained for {metrics['seconds'] / 60:.0f} minutes" in README
+
+
 def test_a_million_tokens_are_read_as_fast_as_fewer():
     rows = read("results/passkey_mixed_12m_conv/natural_text/record.json")["rows"]
     rate = {n: max(row["tokens_per_second"] for row in rows if row["length"] == n) / 1e6 for n in (131072, 2**20)}
