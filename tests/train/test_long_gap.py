@@ -371,3 +371,9 @@ def test_the_loop_trains_on_gaps_and_probes_them(settings, tmp_path, replay):
     assert metrics["steps"] == 6 and metrics["loss"] > 0
     assert (metrics["gradient_tokens"], metrics["text_tokens"]) == (4 * N, (4 + 6) * N)
     assert metrics["knockout_token_loss"] != 0  # of the last batch, which has a gap
+
+
+def test_a_gap_of_which_nothing_is_read_is_refused():
+    model, batch = build(), gap_batch()
+    with pytest.raises(InputError, match="read_segments is 0; at least 1 segment of a gap must be read"):
+        gap_loss_of(model, batch, read_segments=0)
