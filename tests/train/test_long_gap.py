@@ -284,10 +284,11 @@ def test_recomputed_blocks_give_the_same_gradient():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # by torch itself, when its compiler is imported
-def test_compiled_blocks_may_have_as_many_graphs_as_gaps_and_replay_need(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # torch's; a gap in replay alone needs more
-    build().enable_compile()
-    assert torch._dynamo.config.recompile_limit >= 32
+def test_compiled_blocks_may_have_as_many_graphs_as_gaps_and_replay_need():
+    # torch's own limit; a gap in replay alone needs more. Its own way of patching: pytest's would take the option away afterwards.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        build().enable_compile()
+        assert torch._dynamo.config.recompile_limit >= 32
 
 
 def test_the_schedule_chooses_by_the_batch():
