@@ -9,7 +9,7 @@ passkey: $(VENV)/.installed
 	$(VENV)/bin/infini passkey grid=laptop output=outputs/laptop
 
 test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -181,7 +181,7 @@ class InfiniAttention(nn.Module):
         readable = plan.any_memory and use_memory
         if not readable and not self.config.gate_when_empty:
             if trace is not None:
-                trace.append(self._statistics(None, None, before, strength))
+                trace.append(self._statistics(None, None, before, strength, plan))
             return local_output
         # In a single segment the tokens need not move to their slots: all of them read the same memory.
         one = plan.segments == 1
@@ -201,7 +201,7 @@ class InfiniAttention(nn.Module):
             has_memory = None
         mixed = memory.mix(_full_precision(self.beta), memory_output, local_grid, has_memory)
         if trace is not None:
-            trace.append(self._statistics(memory_output, local_grid, before, strength))
+            trace.append(self._statistics(to_line(memory_output), local_output, before, strength, plan))
         return to_line(mixed).to(dtype)
 
     def _write_by_kernels(
@@ -285,17 +285,24 @@ class InfiniAttention(nn.Module):
         return memory.feature_map(k, self.config.feature_map)
 
     @torch.no_grad()
-    def _statistics(self, memory_output, local_output, before: MemoryState, strength: Tensor | None) -> dict[str, Tensor]:
-        """What telemetry wants to know of this call."""
+    def _statistics(
+        self, memory_output, local_output, before: MemoryState, strength: Tensor | None, plan: SegmentPlan
+    ) -> dict[str, Tensor]:
+        """What telemetry wants to know of this call: of its tokens `[batch, tokens, ...]`, padding left out."""
+
+        def of_tokens(x: Tensor) -> Tensor:
+            x = _full_precision(x)
+            return x.flatten(0, 1) if plan.real is None else x[plan.real]
+
         weight = torch.sigmoid(self.beta.float())
         found = {"memory_weight": weight, "memory_share": weight.new_zeros(())}
         if memory_output is not None:
-            from_memory = (weight[:, None] * memory_output).norm()
-            found["memory_share"] = from_memory / (from_memory + ((1 - weight[:, None]) * local_output).norm())
+            from_memory = (weight[:, None] * of_tokens(memory_output)).norm()
+            found["memory_share"] = from_memory / (from_memory + ((1 - weight[:, None]) * of_tokens(local_output)).norm())
         if before.normalizer is not None:
             found["normalizer_min"], found["normalizer_max"] = before.normalizer.aminmax()
         if strength is not None:
-            found["write_gate_mean"] = strength.mean()
+            found["write_gate_mean"] = of_tokens(strength).mean()
         return found
 
 

@@ -1,10 +1,12 @@
 """Every choice of the model, validated once. Fields carry Hugging Face's names."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from infini.errors import InputError
+from infini.field_types import check_types
 
 UPDATE_RULES = ("linear", "delta", "gamma_delta", "deltanet")
 FEATURE_MAPS = ("elu", "dpfp", "none")
@@ -38,7 +40,8 @@ class ModelConfig:
             raise InputError(f"{name} is {getattr(self, name)!r}; it must be {limit}")
 
     def _check_shape(self) -> None:
-        """Check the fields that every decoder has; set `head_dim` where it is None."""
+        """Check every field's type and the values of those that every decoder has; set `head_dim` where it is None."""
+        check_types(self)
         for name in (
             "vocab_size",
             "hidden_size",
@@ -56,6 +59,9 @@ class ModelConfig:
             )
             self._set("head_dim", self.hidden_size // self.num_attention_heads)
         self._require("head_dim", self.head_dim >= 2 and self.head_dim % 2 == 0, "even, for the positions")
+        for name in ("rope_theta", "rms_norm_eps"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "greater than 0")
+        self._require("initializer_range", 0 <= self.initializer_range < math.inf, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,15 +77,15 @@ class Decoder(nn.Module, ABC):
         """Read `tokens` after `state`.
 
         Args:
-            tokens: int `[batch, tokens]`, at least one. On a CUDA device the ids are not checked against the vocabulary.
+            tokens: int64 or int32 `[batch, tokens]`, at least one. On a CUDA device no ids are checked against the vocabulary.
             state: what an earlier call returned; None at the start of a text.
             reset: bool `[batch, tokens]`, True where a document begins: it sees nothing before, its segments begin anew.
             padding: bool `[batch, tokens]`, True where there is no token, anywhere in a row. It is left out before anything
                 is computed, so it moves no segment border. Its logits are those of a hidden state of zeros.
             keep: `all` logits, those of each row's `last` token, or `none`.
             hidden: return the final normalised hidden states in place of logits.
-            targets: int `[batch, tokens]`, the token that is to follow each; its loss is returned in place of logits, and logits of
-                `loss_tokens` tokens at a time are all that exist. Padding has loss 0.
+            targets: like `tokens`, the token that is to follow each; its loss is returned in place of logits, and logits of
+                `loss_tokens` tokens at a time are all that exist. Padding has loss 0, whatever its target.
             memory: False silences the model's memory (knock-out); what that is, the model says.
             trace: receives `trace["layers"]`, one dict of detached statistics a layer (None without memory).
 
@@ -101,12 +101,16 @@ class Decoder(nn.Module, ABC):
     def _forward(self, tokens, state, reset, padding, keep, hidden, targets, **options) -> tuple[Tensor | None, StreamState]:
         if keep not in KEEP:
             raise InputError(f"keep is {keep!r}; choose one of {', '.join(KEEP)}")
-        if targets is not None and (keep != "all" or hidden or targets.shape != tokens.shape):
-            raise InputError(
-                f"targets are {list(targets.shape)} for tokens {list(tokens.shape)}, with keep={keep!r} and hidden={hidden}; losses "
-                "are of all tokens: give a target for each, and neither keep nor hidden"
-            )
         self._check(tokens, state, reset, padding)
+        if targets is not None:
+            if keep != "all" or hidden or targets.shape != tokens.shape:
+                raise InputError(
+                    f"targets are {list(targets.shape)} for tokens {list(tokens.shape)}, with keep={keep!r} and hidden={hidden}; losses "
+                    "are of all tokens: give a target for each, and neither keep nor hidden"
+                )
+            # What stands at padding says nothing, and may be anything.
+            targets = targets if padding is None else targets.masked_fill(padding, 0)
+            self._check_ids("target", targets)
         lengths, place = None, None
         if padding is not None:
             tokens, reset, lengths, place = _leave_out(tokens, reset, padding)
@@ -125,7 +129,8 @@ class Decoder(nn.Module, ABC):
                 # Back to where the tokens stood; padding gets zeros.
                 x = x.gather(1, place.unsqueeze(-1).expand(-1, -1, x.shape[-1])) * ~padding.unsqueeze(-1)
         if targets is not None:
-            losses = token_losses(x, targets, self.head, self.loss_tokens or max(1, HELD_LOGITS // self.config.vocab_size))
+            at_once = max(1, HELD_LOGITS // self.config.vocab_size) if self.loss_tokens is None else self.loss_tokens
+            losses = token_losses(x, targets.long(), self.head, at_once)
             return (losses if padding is None else losses.masked_fill(padding, 0)), state
         return (x if hidden else self.head(x)), state
 
@@ -189,12 +194,22 @@ class Decoder(nn.Module, ABC):
         Args:
             folder: made if it is missing; files of the same names are replaced, each atomically.
             dtype: of the matrices; None keeps theirs. Vectors (norms, gates, scales) are few and stay as they are.
+
+        Raises:
+            InputError: `dtype` is no float, or too narrow for a weight.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"dtype is {dtype}; weights can be saved in floats only, such as torch.float16 or torch.bfloat16")
         weights = self.state_dict()
         if self.config.tie_word_embeddings:
             del weights["head.weight"]
         if dtype is not None:
-            weights = {name: w.to(dtype) if w.dim() > 1 and "write_gate" not in name else w for name, w in weights.items()}
+            of_memory = self.parameter_groups()["memory"]  # a scale for each head stands in two axes, and is no matrix
+            narrowed = {name: w.to(dtype) for name, w in weights.items() if w.dim() > 1 and name not in of_memory}
+            for name, w in narrowed.items():
+                if bool((torch.isinf(w) & torch.isfinite(weights[name])).any()):
+                    raise InputError(f"{name} has numbers too large for {dtype}; save with dtype=torch.bfloat16, or None to keep its own")
+            weights |= narrowed
         checkpoint.write(folder, self.config, weights)
 
     @classmethod
@@ -234,22 +249,25 @@ class Decoder(nn.Module, ABC):
         return model.eval()
 
     def _check(self, tokens, state, reset, padding) -> None:
-        if tokens.dim() != 2 or tokens.is_floating_point():
+        if not isinstance(tokens, Tensor):
+            raise InputError(f"tokens are a {type(tokens).__name__}; they must be a tensor of integers [batch, tokens]")
+        if tokens.dim() != 2:
             raise InputError(f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be integers [batch, tokens]")
         if tokens.numel() == 0:
             raise InputError(f"tokens are {list(tokens.shape)}; a call needs at least one row and one token")
-        if tokens.device.type == "cpu":
-            low, high = tokens.min().item(), tokens.max().item()
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise InputError(f"token id {bad} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
-        for name, mask in (("reset", reset), ("padding", padding)):
-            if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
-                raise InputError(f"{name} is {mask.dtype} {list(mask.shape)}; it must be bool {list(tokens.shape)}")
-        if reset is not None and padding is not None and bool((reset & padding).any()):
-            raise InputError("reset is True at a padding; a document must begin at a token")
+        self._check_ids("token", tokens)
+        check_masks(tokens, reset, padding)
         if state is not None:
             self._check_state(state, tokens)
+
+    def _check_ids(self, what: str, ids: Tensor) -> None:
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise InputError(f"{what}s are {ids.dtype} {list(ids.shape)}; they must be integers [batch, tokens], int64 or int32")
+        if ids.device.type == "cpu":
+            low, high = ids.min().item(), ids.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise InputError(f"{what} id {bad} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
 
     def _check_state(self, state: StreamState, tokens: Tensor) -> None:
         if not isinstance(state, self.state_class):
@@ -260,6 +278,23 @@ class Decoder(nn.Module, ABC):
             raise InputError(f"the state has {state.batch_size} rows, tokens have {tokens.shape[0]}; use state.select(rows)")
         if state.device != tokens.device:
             raise InputError(f"the state is on {state.device}, tokens are on {tokens.device}; use state.to(device)")
+
+
+def check_masks(tokens: Tensor, reset: Tensor | None, padding: Tensor | None) -> None:
+    """Refuse masks that do not fit the tokens `[batch, tokens]`.
+
+    Raises:
+        InputError: another shape or dtype than bool, or a document that begins where there is no token.
+    """
+    for name, mask in (("reset", reset), ("padding", padding)):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):
+            raise InputError(f"{name} is a {type(mask).__name__}; it must be a tensor, bool {list(tokens.shape)}")
+        if mask.shape != tokens.shape or mask.dtype != torch.bool:
+            raise InputError(f"{name} is {mask.dtype} {list(mask.shape)}; it must be bool {list(tokens.shape)}")
+    if reset is not None and padding is not None and bool((reset & padding).any()):
+        raise InputError("reset is True at a padding; a document must begin at a token")
 
 
 def _leave_out(tokens: Tensor, reset: Tensor | None, padding: Tensor):

@@ -16,6 +16,7 @@ from infini.layers.norm import RMSNorm
 from infini.layers.rotary import rotary_table
 from infini.local import announce_backend, choose_backend
 from infini.memory import feature_size
+from infini.protocol import Carried
 from infini.segments import SegmentPlan
 from infini.state import InfiniState, LayerState, StreamState
 
@@ -87,15 +88,15 @@ class InfiniTransformer(Decoder):
         """Read `tokens` after `state`.
 
         Args:
-            tokens: int `[batch, tokens]`, at least one. On a CUDA device the ids are not checked against the vocabulary.
+            tokens: int64 or int32 `[batch, tokens]`, at least one. On a CUDA device no ids are checked against the vocabulary.
             state: what an earlier call returned; None at the start of a text.
             reset: bool `[batch, tokens]`, True where a document begins: it sees nothing before, its segments begin anew.
             padding: bool `[batch, tokens]`, True where there is no token, anywhere in a row. It is left out before anything
                 is computed, so it moves no segment border. Its logits are those of a hidden state of zeros.
             keep: `all` logits, those of each row's `last` token, or `none`.
             hidden: return the final normalised hidden states in place of logits.
-            targets: int `[batch, tokens]`, the token that is to follow each; its loss is returned in place of logits, and logits of
-                `loss_tokens` tokens at a time are all that exist. Padding has loss 0.
+            targets: like `tokens`, the token that is to follow each; its loss is returned in place of logits, and logits of
+                `loss_tokens` tokens at a time are all that exist. Padding has loss 0, whatever its target.
             memory: False silences every memory (knock-out): the mix is as before the first write. It is written all the same.
             trace: receives `trace["layers"]`, one dict of detached statistics a layer (None without memory).
             maps: receives `maps["layers"]`, for each layer the map A `[batch, kv_heads, k, k]` that this call laid on its memory,
@@ -190,12 +191,38 @@ class InfiniTransformer(Decoder):
         groups, width, recent = config.num_key_value_heads, config.head_dim, config.span - 1
         number = self.embedding.weight.element_size()
         full = max(4, number)
-        features = feature_size(width, config.feature_map)
-        memory = full * groups * features * (width + (config.update_rule != "deltanet"))
         strength = full * groups * recent * config.write_gate
         layers, with_memory = config.num_hidden_layers, sum(config.has_memory)
         text = number * (2 * groups * width * recent + config.hidden_size * config.short_conv)
-        return batch_size * (layers * text + with_memory * (memory + strength) + 17)
+        return batch_size * (layers * text + full * self._memory_numbers + with_memory * strength + 17)
+
+    def carried(self, tokens: int) -> Carried:
+        """What crosses the border behind a row's first `tokens` tokens, a multiple of `segment_length`.
+
+        Per memory layer g (k v + k) numbers of the memory M and z (g key/value heads, k features, v = head width; no `+ k` for
+        `deltanet`): the paper's d_k (d_v + 1) H l. Sliding attention adds, per layer, 2 g v numbers for each of the last
+        window - 1 tokens, a short convolution D for each of the last `short_conv`.
+
+        Example:
+            >>> model = InfiniTransformer(InfiniConfig.paper(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, segment_length=8))
+            >>> model.carried(800).numbers == 3 * 4 * (16 * 16 + 16)
+            True
+        """
+        config = self.config
+        window = min(tokens, config.span - 1) if config.local_attention == "sliding" else 0
+        text = 2 * config.num_key_value_heads * config.head_dim * window + config.hidden_size * min(tokens, config.short_conv)
+        text *= config.num_hidden_layers
+        memory = self._memory_numbers if tokens >= config.segment_length else 0
+        number = self.embedding.weight.element_size()
+        return Carried(text + memory, number * text + max(4, number) * memory)
+
+    @property
+    def _memory_numbers(self) -> int:
+        """Of M and z, all layers of a row."""
+        config = self.config
+        features = feature_size(config.head_dim, config.feature_map)
+        numbers = config.num_key_value_heads * features * (config.head_dim + (config.update_rule != "deltanet"))
+        return numbers * sum(config.has_memory)
 
     @property
     def state_shape(self) -> str:
@@ -218,6 +245,17 @@ class InfiniTransformer(Decoder):
 
     def _check_state(self, state: InfiniState, tokens: Tensor) -> None:
         super()._check_state(state, tokens)
+        # A layer whose memory is lost would begin with an empty one.
+        if tuple(layer.memory is not None for layer in state.layers) != self.config.has_memory:
+            raise InputError("the state has lost layers or memories on its way; take it from a call of the model, or from its file anew")
+        self.check_precision(state)
+
+    def check_precision(self, state: InfiniState) -> None:
+        """Refuse a state of another precision than this model's.
+
+        Raises:
+            InputError: its memories are of another dtype.
+        """
         needed = torch.promote_types(torch.float32, self.embedding.weight.dtype)
         for memory in (layer.memory for layer in state.layers if layer.memory):
             if memory.matrix.dtype != needed:

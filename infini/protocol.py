@@ -1,10 +1,21 @@
 """What training, sessions, tasks and baselines know of a model."""
 
 import os
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+
+
+class Carried(NamedTuple):
+    """What crosses a segment border in one row: how many numbers, and their bytes.
+
+    This is what arXiv:2404.07143 counts in its table 1: all that the tokens behind a border are computed from, beside themselves,
+    without the counters that say where in the text they stand. What is allocated, for the open segment too, is `state_bytes`.
+    """
+
+    numbers: int
+    bytes: int
 
 
 class SegmentState(Protocol):
@@ -44,7 +55,13 @@ class SegmentModel(Protocol):
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> Any: ...
 
-    def state_bytes(self, tokens: int, batch_size: int = 1) -> int: ...
+    def state_bytes(self, tokens: int, batch_size: int = 1) -> int:
+        """Bytes of the state after `tokens` tokens of every row."""
+        ...
+
+    def carried(self, tokens: int) -> Carried:
+        """What crosses the border behind a row's first `tokens` tokens, a multiple of `segment_length`."""
+        ...
 
 
 class TrainableModel(SegmentModel, Protocol):

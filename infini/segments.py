@@ -58,6 +58,8 @@ class SegmentPlan:
         self.reads: Tensor | None = None
         self.writes: Tensor | None = None
         self.padded = False
+        self.real: Tensor | None = None
+        """bool `[batch, tokens]`, True at tokens, None where all are: what is behind a row's length is none."""
         self.uniform = lengths is None and reset is None and _all_equal(open_length) and _all_equal(tokens_seen)
         # Place of each new token in its document `[batch, tokens]`; None where no document begins inside the call.
         self.in_document: Tensor | None = None
@@ -136,6 +138,7 @@ class SegmentPlan:
             earliest = h + place - slot
         # What is not a token looks at itself alone, so that no softmax is over nothing.
         self.earliest = torch.where(real, earliest, h + place).to(self.device)
+        self.real = None if bool(real.all()) else real.to(self.device)
 
         # Line to grid: where each entry of the line goes; what has no place goes to one slot behind the last.
         nowhere = self.segments * n

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Self
 
 import torch
@@ -18,7 +19,7 @@ class StreamingSession:
 
     Args:
         model: a model of the protocol; put it in evaluation mode first.
-        batch_size: streams.
+        batch_size: streams; with a state, as many as it has rows.
         state: a state to go on from, which is not changed; None starts anew.
         piece: most tokens per row of one forward pass. Peak memory depends on this, not on the text.
 
@@ -33,6 +34,10 @@ class StreamingSession:
     def __init__(self, model: SegmentModel, batch_size: int = 1, state=None, piece: int = 4096):
         if piece < 1:
             raise InputError(f"piece is {piece}; a forward pass needs at least 1 token")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; a session needs at least 1 stream")
+        if state is not None and batch_size not in (1, state.batch_size):
+            raise InputError(f"batch_size is {batch_size}, but the state has {state.batch_size} rows; leave batch_size out")
         self.model, self.piece = model, piece
         self._step: TokenStep | None = None
         self.restart(model.init_state(batch_size) if state is None else state)
@@ -47,6 +52,8 @@ class StreamingSession:
         self._state, self._step_holds_it = state, False
         self.batch_size = state.batch_size
         self._logits: Tensor | None = None
+        # Rows whose last token was read here, so that their logits are known.
+        self._known = torch.zeros(self.batch_size, dtype=torch.bool)
         self._seen = torch.zeros(self.batch_size, dtype=torch.long) + state.tokens_seen
 
     @property
@@ -81,7 +88,7 @@ class StreamingSession:
             progress: called with the tokens per row read so far, after each piece.
 
         Returns:
-            fp32 logits `[batch, vocab]`; of a row that got no token, those it had before.
+            fp32 logits `[batch, vocab]`; of a row that got no token, those it had before, or NaN where it had none.
 
         Raises:
             InputError: no tokens, ids outside the vocabulary, or a batch of another size.
@@ -93,8 +100,12 @@ class StreamingSession:
             raise InputError("the text is empty; feed at least one token")
         if ids.dim() != 2 or len(ids) != self.batch_size:
             raise InputError(f"ids are {list(ids.shape)}; this session has {self.batch_size} rows: [batch, tokens]")
-        low, high = int(ids.min()), int(ids.max())
-        if ids.is_floating_point() or low < 0 or high >= self.model.config.vocab_size:
+        if ids.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            ids = ids.long()  # torch can hardly compute with these
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            raise InputError(f"ids are {ids.dtype}; they must be integers from 0 to {self.model.config.vocab_size - 1}")
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= self.model.config.vocab_size:
             raise InputError(
                 f"ids are {ids.dtype} from {low} to {high}; they must be integers from 0 to {self.model.config.vocab_size - 1}"
             )
@@ -111,18 +122,21 @@ class StreamingSession:
         longest = int(lengths.max())
         for start in range(0, longest, self.piece):
             stop = min(start + self.piece, longest)
-            piece = _moved(ids[:, start:stop], device)
-            left_out = torch.arange(start, stop) >= lengths[:, None]
-            mask = left_out.to(device) if bool(left_out.any()) else None
+            piece, mask = _moved(ids[:, start:stop], device), None
+            # Without padding nothing is computed here between two calls of the model: see `_moved`.
+            if padding is not None and bool((left_out := torch.arange(start, stop) >= lengths[:, None]).any()):
+                mask = left_out.to(device)
             logits, self._state = self.model(piece, self.state, padding=mask, keep="last")
             self._step_holds_it = False
             logits = logits[:, 0].float()
-            if mask is not None and self._logits is not None:
-                logits = torch.where((lengths > start).to(device)[:, None], logits, self._logits)
+            if mask is not None:
+                before = torch.full_like(logits, float("nan")) if self._logits is None else self._logits
+                logits = torch.where((lengths > start).to(device)[:, None], logits, before)
             self._logits = logits
             if progress is not None:
                 progress(stop)
         self._seen += lengths
+        self._known |= lengths > 0
         return self._logits
 
     def generate(
@@ -154,15 +168,22 @@ class StreamingSession:
         """
         if self._logits is None:
             raise InputError("nothing was fed to this session; feed a prompt of at least one token before generating")
-        if max_new_tokens < 0 or temperature < 0:
+        if not bool(self._known.all()):
+            rows = (~self._known).nonzero().flatten().tolist()
+            raise InputError(f"nothing was fed to rows {rows} of this session; feed each a token at least before generating")
+        if not (max_new_tokens >= 0 and temperature >= 0):
             raise InputError(f"max_new_tokens is {max_new_tokens} and temperature {temperature}; neither may be negative")
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k is {top_k}; it must be at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1")
+        stops = [stop.item() if isinstance(stop, Tensor) else stop for stop in stop_ids]
+        vocabulary = self.model.config.vocab_size
+        if not all(isinstance(stop, Integral) and 0 <= stop < vocabulary for stop in stops):
+            raise InputError(f"stop_ids are {stops}; no row would ever yield what is no id from 0 to {vocabulary - 1}")
         step = captured_step(decode, self.model, self.state, self._step)
         self._step = self._step if step is None else step
-        return self._generate(step, max_new_tokens, temperature, top_k, top_p, torch.tensor(list(stop_ids)), generator)
+        return self._generate(step, max_new_tokens, temperature, top_k, top_p, torch.tensor(stops), generator)
 
     def _generate(self, step, max_new_tokens, temperature, top_k, top_p, stop_ids, generator) -> Iterator[Tensor]:
         done = torch.zeros(self.batch_size, dtype=torch.bool)
@@ -204,7 +225,7 @@ class StreamingSession:
         """Go on from what `save` wrote, on the device of `model`.
 
         Raises:
-            InputError: the file is missing or damaged, or belongs to another model.
+            InputError: a file is missing or damaged, or belongs to another model or another save.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -217,9 +238,16 @@ class StreamingSession:
             rest = load_file(f"{os.fspath(path)}.next")
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}.next cannot be read ({error}); it is written beside the state by save") from None
-        session = cls(model, state=state, piece=piece)
-        session._seen = rest["tokens_seen"]
-        session._logits = rest["logits"].to(device) if "logits" in rest else None
+        session, logits = cls(model, state=state, piece=piece), rest.get("logits")
+        # The two files are written one after the other: where that was interrupted, they are of different texts.
+        fits = logits is None or logits.shape == (session.batch_size, model.config.vocab_size)
+        if not fits or not torch.equal(rest.get("tokens_seen", session._seen.new_empty(0)), session._seen):
+            raise InputError(
+                f"{path}.next is not of the same save as {path}, one of them is older; go on from the state alone with "
+                f"StreamingSession(model, state={type(state).__name__}.load(path)), and feed it a token"
+            )
+        if logits is not None:
+            session._logits, session._known = logits.to(device), ~logits.isnan().all(dim=1)
         return session
 
     def _device(self) -> torch.device:
@@ -242,11 +270,16 @@ def fetch(token: Tensor) -> Callable[[], Tensor]:
 
 
 def _moved(ids: Tensor, device: torch.device) -> Tensor:
-    """The ids as int64 on the device; on their way to a GPU the host goes on, and its next kernels are queued in time."""
-    ids = ids.long()
+    """The ids as int64 on the device; on their way to a GPU the host goes on, and its next kernels are queued in time.
+
+    They travel as they are and are widened there. numpy copies them, in this thread alone: torch would wake all of its threads for
+    each piece, and on a busy machine the GPU waits for the last of them.
+    """
     if device.type == "cuda" and not ids.is_cuda:
-        ids = ids.pin_memory()
-    return ids.to(device, non_blocking=True)
+        pinned = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+        pinned.numpy()[...] = ids.numpy()
+        ids = pinned
+    return ids.to(device, non_blocking=True).long()
 
 
 def choose_token(

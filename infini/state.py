@@ -70,10 +70,9 @@ class StreamState:
 
     def reset(self, where: Tensor) -> Self:
         """A new state in which the rows of the bool tensor `where` `[batch]` are as at the start of a document."""
-        if where.shape != (self.batch_size,) or where.dtype != torch.bool:
-            raise InputError(
-                f"reset was given {where.dtype} {list(where.shape)}; it must be bool [{self.batch_size}], one per row"
-            )
+        given = f"{where.dtype} {list(where.shape)}" if isinstance(where, Tensor) else f"a {type(where).__name__}"
+        if given != f"torch.bool [{self.batch_size}]":
+            raise InputError(f"reset was given {given}; it must be bool [{self.batch_size}], one per row")
         here, there = where.cpu(), where.to(self.device)
 
         def cleared(x: Tensor) -> Tensor:
@@ -99,8 +98,11 @@ class StreamState:
 
     def select(self, rows: Tensor) -> Self:
         """The rows of the int64 tensor `rows`, in its order; a row may occur several times."""
+        here = rows.cpu()
+        if here.dim() != 1 or here.dtype not in (torch.int32, torch.int64) or not bool(((here >= 0) & (here < self.batch_size)).all()):
+            raise InputError(f"select was given {here.dtype} {here.tolist()}; it takes indices of rows, int64 from 0 to {self.batch_size - 1}")
         there = rows.to(self.device)
-        return self._map(lambda x: x.index_select(0, there), lambda x: x.index_select(0, rows.cpu()))
+        return self._map(lambda x: x.index_select(0, there), lambda x: x.index_select(0, here))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file; it appears whole or not at all (`OSError` on a full disk)."""
@@ -121,12 +123,26 @@ class StreamState:
             raise InputError(f"{path} cannot be read as a saved state ({error}); save one with state.save(path)") from None
         if metadata.get("format") != cls.format:
             raise InputError(f"{path} holds {metadata.get('format')!r}, not {cls.format!r}; save one with state.save(path)")
+        try:
+            return cls._assemble(tensors, metadata["shape"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is damaged, tensors are missing or do not fit together ({error}); save the state again") from None
+
+    @classmethod
+    def _assemble(cls, tensors: dict[str, Tensor], shape: str) -> Self:
+        """The inverse of `_tensors`; an error of some kind where one is missing or of another batch."""
+        rows = {name: len(tensor) for name, tensor in tensors.items()}
+        if len(set(rows.values())) != 1:
+            raise ValueError(f"rows differ: {rows}")
         counters = {name: tensors.pop(name).cpu() for name in cls.counters}
+        for name, start in cls.counters.items():
+            if counters[name].dtype != (torch.bool if isinstance(start, bool) else torch.int64):
+                raise ValueError(f"{name} is {counters[name].dtype}")
         layers = []
         for i in range(1 + max(int(name.split(".")[0]) for name in tensors)):
             named = {name.split(".")[1]: t for name, t in tensors.items() if name.startswith(f"{i}.")}
             layers.append(cls.layer_class.from_tensors(named))
-        return cls(layers=tuple(layers), shape=metadata["shape"], **counters)
+        return cls(layers=tuple(layers), shape=shape, **counters)
 
     def _map(self, change, count=lambda x: x) -> Self:
         counters = {name: count(getattr(self, name)) for name in self.counters}

@@ -131,13 +131,14 @@ class TokenStep:
             logits: `[batch, vocab]` after its last tokens, which a row keeps as long as it reads nothing; None: unknown.
 
         Raises:
-            InputError: the state is of another model, or has another number of rows.
+            InputError: the state is of another model or precision, or has another number of rows.
         """
         if state.shape != self._shape or state.batch_size != len(self._tokens):
             raise InputError(
                 f"the state has {state.batch_size} rows and is {state.shape}; this step was made for {len(self._tokens)} rows "
                 f"and {self._shape}"
             )
+        self.model.check_precision(state)
         for own, layer in zip(self._layers, state.layers, strict=True):
             _copy(own, layer)
             if own.memory is not None:
@@ -165,8 +166,15 @@ class TokenStep:
 
         Returns:
             Logits `[batch, vocab]` after the last token of each row, in a buffer that the next call overwrites.
+
+        Raises:
+            InputError: `tokens` or `active` has another shape or dtype.
         """
         active = torch.ones(len(self._tokens), dtype=torch.bool) if active is None else active
+        # One number would be copied to every row, and a float cut off, without a word.
+        for name, given, dtype in (("tokens", tokens, torch.int64), ("active", active, torch.bool)):
+            if given.shape != self._tokens.shape or given.dtype != dtype:
+                raise InputError(f"{name} are {given.dtype} {list(given.shape)}; this step takes {dtype} {list(self._tokens.shape)}")
         self._tokens.copy_(tokens, non_blocking=True)
         fills = active & (self._counters["open_length"] + 1 == self.model.config.segment_length)
         if bool(fills.any()):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from infini.tasks.perplexity.held_out import HeldOutText
 
 from infini.data.batch import Batch
 from infini.data.tokenized import tokenize
@@ -31,6 +32,8 @@ class DocumentStream:
             where they were before, see :func:`infini.data.tokenized.tokenize`.
         tokenizer: the model's, ``"bytes"`` or a ``tokenizer.json``.
         column: of tables.
+        validation_texts: files of documents that are held out, read in training every ``validate_every`` steps, whole; none of them may be
+            among ``texts``.
         seed: not negative; of the order of documents.
         segment_length: tokens per segment, ``n``.
         segments: segments of a row, which gradients go through; state goes on without gradient.
@@ -59,6 +62,7 @@ class DocumentStream:
     shortest: int = 0
     tokenizer: str = "bytes"
     column: str = "text"
+    validation_texts: tuple[str, ...] = ()
     rank: int = 0
     world_size: int = 1
 
@@ -87,12 +91,22 @@ class DocumentStream:
         object.__setattr__(self, "_begins", (text.sizes.cumsum() - text.sizes)[kept])
         object.__setattr__(self, "_length", int(sizes.sum()) // lanes)
         object.__setattr__(self, "_orders", {})
+        held_out = None
+        if self.validation_texts:
+            held_out = HeldOutText(tokenize(self.validation_texts, tokenizer, self.column), self.rows, self.segments * self.segment_length)
+            held_out.require_apart(text)
+        object.__setattr__(self, "held_out", held_out)
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the documents that are read, as tokens and in the order of their files, and of the tokenizer."""
+        """SHA-256 of the documents that are read, as tokens and in the order of their files, of those held out, and of the tokenizer."""
         tokenizer = {} if self._tokenizer_sha256 is None else {"tokenizer_sha256": self._tokenizer_sha256}
-        return {"texts_sha256": self._text.digest(self._kept)} | tokenizer
+        held_out = {} if self.held_out is None else {"validation_texts_sha256": self.held_out.text.digest()}
+        return {"texts_sha256": self._text.digest(self._kept)} | held_out | tokenizer
+
+    def epochs(self, batches: int) -> float:
+        """How often each document has been read after so many batches."""
+        return batches / self.streams * self.segments * self.segment_length / self._length
 
     def __len__(self) -> int:
         return self.steps

@@ -1,6 +1,9 @@
 """What every test shares: a fixed seed, no GPU tests without a GPU, and kernels that are interpreted then."""
 
+import contextlib
+import gc
 import os
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,16 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported, which any test may do.
     os.environ["TRITON_INTERPRET"] = "1"
+
+with contextlib.suppress(ImportError):  # comes with rouge-score
+    from absl.logging import get_absl_handler
+
+    # absl keeps the stderr of its first import and closes it when Hydra sets up logging anew: in a test, what pytest captures with.
+    get_absl_handler().python_handler.setStream(sys.__stderr__)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported by now stays: no collection in a test needs to look through it, each would take half a second
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,5 +54,16 @@ def kernel_device():
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    modules = set()
+
+    def call(self, *args, **kwargs):
+        # Its own patches the language at every call of a function, which takes longer than most functions; nothing undoes what the
+        # first call did, and a launch does its part itself.
+        if self.fn.__module__ not in modules:
+            modules.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
     interpreter._patch_lang_tensor = patched
+    interpreter.InterpretedFunction.__call__ = call
     return torch.device("cpu")

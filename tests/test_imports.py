@@ -27,6 +27,7 @@ LEVELS = [
     {"state"},
     {"layers", "local", "memory"},
     {"kernels", "causal", "config", "segments", "tokenizer_file"},
+    {"field_types"},
     {"protocol", "errors", "tensor_file"},
     {"reference"},
 ]

@@ -15,6 +15,7 @@ from infini.decoder import Decoder
 from infini.errors import InputError
 from infini.layers.rotary import rotary_table
 from infini.local import announce_backend, choose_backend
+from infini.protocol import Carried
 from infini.segments import SegmentPlan
 from infini.state import StreamState
 
@@ -84,10 +85,20 @@ class FullTransformer(Decoder):
 
         Per layer 2 heads head_dim numbers for each token, of the last window - 1 with a window; 8 bytes of counters.
         """
+        return batch_size * (self.carried(tokens).bytes + 8)
+
+    def carried(self, tokens: int) -> Carried:
+        """What crosses a border behind a row's first `tokens` tokens, any number: 2 heads head_dim numbers a token and layer.
+
+        Example:
+            >>> shape = dict(hidden_size=32, num_hidden_layers=2)
+            >>> [FullTransformer(FullConfig(**shape, window=window)).carried(800).numbers for window in (None, 9)]
+            [102400, 1024]
+        """
         config = self.config
         kept = tokens if config.window is None else min(tokens, config.window - 1)
         numbers = config.num_hidden_layers * kept * 2 * config.num_attention_heads * config.head_dim
-        return batch_size * (numbers * self.embedding.weight.element_size() + 8)
+        return Carried(numbers, numbers * self.embedding.weight.element_size())
 
     @property
     def state_shape(self) -> str:

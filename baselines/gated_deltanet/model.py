@@ -16,6 +16,7 @@ from infini.config import ModelConfig
 from infini.decoder import Decoder
 from infini.layers.rotary import rotary_table
 from infini.local import announce_backend, choose_backend
+from infini.protocol import Carried
 from infini.segments import SegmentPlan
 from infini.state import StreamState
 
@@ -115,6 +116,21 @@ class GatedDeltaNet(Decoder):
         window = 2 * min(tokens, config.window - 1) * config.head_dim * number
         attending = config.num_hidden_layers - recurrent
         return batch_size * (heads * (recurrent * (matrix + inputs) + attending * window) + 8)
+
+    def carried(self, tokens: int) -> Carried:
+        """What crosses a border behind a row's first `tokens` tokens, any number from 1 on: all that `state_bytes` counts but the counters.
+
+        Example:
+            >>> model = GatedDeltaNet(GatedDeltaNetConfig(hidden_size=32, num_hidden_layers=2, segment_length=4))
+            >>> model.carried(800).numbers == 4 * 4 * 8 + 3 * 4 * (4 + 4 + 8) + 2 * 3 * 32  # a matrix a head, inputs, a window
+            True
+        """
+        config, number = self.config, self.embedding.weight.element_size()
+        recurrent, heads = -(-config.num_hidden_layers // 2), config.num_attention_heads
+        matrices = recurrent * heads * config.key_head_dim * config.head_dim
+        text = recurrent * min(tokens, config.conv_size - 1) * heads * (2 * config.key_head_dim + config.head_dim)
+        text += (config.num_hidden_layers - recurrent) * 2 * min(tokens, config.window - 1) * heads * config.head_dim
+        return Carried(matrices + text, max(4, number) * matrices + number * text)
 
     @property
     def state_shape(self) -> str:

@@ -13,6 +13,7 @@ from baselines.memorizing.state import MemorizingLayer, MemorizingState
 from baselines.transformer_xl.attention import CachedAttention
 from infini.config import ModelConfig
 from infini.decoder import Decoder
+from infini.protocol import Carried
 from infini.state import StreamState
 
 
@@ -73,7 +74,7 @@ class MemorizingTransformer(Decoder):
             keys = None
             if i == config.memory_layer:
                 keys = like.new_zeros(batch_size, 0, config.num_attention_heads, config.head_dim)
-            layers.append(MemorizingLayer(like.new_zeros(batch_size, self._carried, config.hidden_size), keys, keys))
+            layers.append(MemorizingLayer(like.new_zeros(batch_size, self._line, config.hidden_size), keys, keys))
         zeros = torch.zeros(batch_size, dtype=torch.long)
         return MemorizingState(tuple(layers), zeros, zeros.clone(), self.state_shape)
 
@@ -85,9 +86,25 @@ class MemorizingTransformer(Decoder):
         """
         config = self.config
         entries = min(config.memory_size, tokens // config.segment_length * config.segment_length)
-        numbers = config.num_hidden_layers * self._carried * config.hidden_size
+        numbers = config.num_hidden_layers * self._line * config.hidden_size
         numbers += 2 * entries * config.num_attention_heads * config.head_dim
         return batch_size * (numbers * self.embedding.weight.element_size() + 16)
+
+    def carried(self, tokens: int) -> Carried:
+        """What crosses the border behind a row's first `tokens` tokens, a multiple of `segment_length`: caches and memory.
+
+        Per layer `hidden_size` numbers for each of the last `memory_length` tokens (arXiv:2404.07143 counts them as
+        `TransformerXL.carried` says), and in one layer 2 heads head_dim for each of the last `memory_size`, its (d_k + d_v) H.
+
+        Example:
+            >>> model = MemorizingTransformer(MemorizingConfig(hidden_size=32, num_hidden_layers=2, segment_length=4, memory_size=6))
+            >>> [model.carried(tokens).numbers for tokens in (4, 8, 800)]
+            [512, 640, 640]
+        """
+        config = self.config
+        numbers = config.num_hidden_layers * min(tokens, config.memory_length) * config.hidden_size
+        numbers += 2 * min(tokens, config.memory_size) * config.num_attention_heads * config.head_dim
+        return Carried(numbers, numbers * self.embedding.weight.element_size())
 
     @property
     def state_shape(self) -> str:
@@ -97,5 +114,5 @@ class MemorizingTransformer(Decoder):
         return json.dumps({"model": "memorizing"} | shape)
 
     @property
-    def _carried(self) -> int:
+    def _line(self) -> int:
         return self.config.memory_length + self.config.segment_length - 1

@@ -13,6 +13,7 @@ from baselines.rmt.state import RMTLayer, RMTState
 from infini.config import ModelConfig
 from infini.decoder import Decoder
 from infini.layers.rotary import rotary_table
+from infini.protocol import Carried
 from infini.segments import SegmentPlan
 from infini.state import StreamState
 
@@ -116,6 +117,19 @@ class RecurrentMemoryTransformer(Decoder):
         """
         numbers = self.initial_memory.numel() * self.initial_memory.element_size()
         return batch_size * (numbers + 8 * (self.config.segment_length - 1) + 17)
+
+    def carried(self, tokens: int) -> Carried:
+        """What crosses the border behind a row's first `tokens` tokens, a multiple of `segment_length`: the memory tokens.
+
+        `hidden_size` numbers for each, once: they enter below the first layer. Table 1 of arXiv:2404.07143 has 2 l times as many.
+
+        Example:
+            >>> shape = dict(hidden_size=32, num_hidden_layers=2, segment_length=4)
+            >>> RecurrentMemoryTransformer(RMTConfig(**shape, num_memory_tokens=3)).carried(800)
+            Carried(numbers=96, bytes=384)
+        """
+        numbers = self.initial_memory.numel() if tokens >= self.config.segment_length else 0
+        return Carried(numbers, numbers * self.initial_memory.element_size())
 
     @property
     def state_shape(self) -> str:

@@ -13,6 +13,7 @@ from baselines.transformer_xl.config import TransformerXLConfig
 from baselines.transformer_xl.state import CacheLayer, CacheState
 from infini.config import ModelConfig
 from infini.decoder import Decoder
+from infini.protocol import Carried
 from infini.state import StreamState
 
 
@@ -76,7 +77,7 @@ class TransformerXL(Decoder):
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> CacheState:
         """The state of `batch_size` streams that have read nothing; calling with None in its place gives the same."""
         like = self.embedding.weight
-        shape = (batch_size, self._carried, self.config.hidden_size)
+        shape = (batch_size, self._line, self.config.hidden_size)
         layers = [CacheLayer(torch.zeros(shape, dtype=like.dtype, device=device or like.device)) for _ in self.blocks]
         zeros = torch.zeros(batch_size, dtype=torch.long)
         return CacheState(tuple(layers), zeros, zeros.clone(), self.state_shape)
@@ -87,8 +88,22 @@ class TransformerXL(Decoder):
         Per layer `hidden_size` numbers for each of memory_length + segment_length - 1 tokens (cache and open segment); 16 bytes
         of counters.
         """
-        numbers = self.config.num_hidden_layers * self._carried * self.config.hidden_size
+        numbers = self.config.num_hidden_layers * self._line * self.config.hidden_size
         return batch_size * (numbers * self.embedding.weight.element_size() + 16)
+
+    def carried(self, tokens: int) -> Carried:
+        """What crosses the border behind a row's first `tokens` tokens, a multiple of `segment_length`: the cache.
+
+        Per layer `hidden_size` numbers for each of the last `memory_length` tokens. Table 1 of arXiv:2404.07143 counts the keys and
+        values that are made of them, (d_k + d_v) H for each: twice as many where the heads together are `hidden_size` wide.
+
+        Example:
+            >>> model = TransformerXL(TransformerXLConfig(hidden_size=32, num_hidden_layers=2, segment_length=4, memory_length=6))
+            >>> [model.carried(tokens).numbers for tokens in (4, 8, 800)]
+            [256, 384, 384]
+        """
+        numbers = self.config.num_hidden_layers * min(tokens, self.config.memory_length) * self.config.hidden_size
+        return Carried(numbers, numbers * self.embedding.weight.element_size())
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """As in `Decoder`; u and v are vectors, one a head, and do not decay."""
@@ -106,5 +121,5 @@ class TransformerXL(Decoder):
         return json.dumps({"model": "transformer_xl"} | shape)
 
     @property
-    def _carried(self) -> int:
+    def _line(self) -> int:
         return self.config.memory_length + self.config.segment_length - 1

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal, Union
 
 from infini.errors import InputError
+from infini.field_types import in_words
 from infini.report.record import checkout
 
 CHECKOUT_HINT = "clone the repository and run `pip install -e .` in it"
@@ -107,7 +108,7 @@ def _convert(where: str, value: Any, hint: Any) -> Any:
     try:
         return _as(value, hint)
     except TypeError:
-        raise InputError(f"{where} is {value!r} but must be {_in_words(hint)}") from None
+        raise InputError(f"{where} is {value!r} but must be {in_words(hint)}") from None
 
 
 def _as(value: Any, hint: Any) -> Any:
@@ -135,20 +136,6 @@ def _as(value: Any, hint: Any) -> Any:
     if hint is Any or type(value) is (types.NoneType if hint is None else hint):
         return value
     raise TypeError
-
-
-def _in_words(hint: Any) -> str:
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
-    if hint in names:
-        return names[hint]
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, parts))
-    if origin is tuple:
-        return "a list, each " + _in_words(parts[0])
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_in_words, parts))
-    return str(hint)
 
 
 def _join(where: str, key: str) -> str:

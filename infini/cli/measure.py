@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from infini.cli.build import fill, locate, model_class
 from infini.cli.compose import MODULE, compose
-from infini.cli.runs import measure_each
+from infini.cli.runs import is_best, measure_each, require_runs
 from infini.errors import InputError
 from infini.report.record import make_record, read_record, write_record
 from infini.report.render import render
@@ -25,8 +25,11 @@ class Command:
     device: str
     dtype: Literal["float32", "bfloat16", "float16"] | None
     runs: str | None = None
+    picked: bool = False
+    best: bool = False
 
     def __post_init__(self) -> None:
+        require_runs(self.picked, self.best, self.runs)
         if self.checkpoint and self.runs:
             raise InputError(f"checkpoint is {self.checkpoint} and runs is {self.runs}: give one of them")
 
@@ -57,11 +60,12 @@ def measure(kind: str, arguments: list[str]) -> None:
     def once(model: Path, output: Path) -> None:
         from infini import checkpoint
 
-        one = config | {"checkpoint": str(model), "runs": None, "output": str(output)}
+        one = config | {"checkpoint": str(model), "runs": None, "picked": False, "best": False, "output": str(output)}
         if not _is_measured(output / "record.json", one):
             _measure(kind, one, (str(model),), output, label=str(checkpoint.model_type(model)))
 
-    print("\n".join(str(folder / "record.json") for folder in measure_each(Path(command.runs), command.output, once)))
+    folders = measure_each(Path(command.runs), command.output, once, command.picked, command.best)
+    print("\n".join(str(folder / "record.json") for folder in folders))
 
 
 def _measure(kind: str, config: dict, names: tuple[str | None, ...], output: Path, label: str | None = None) -> None:
@@ -97,7 +101,10 @@ def _is_measured(record: Path, config: dict) -> bool:
     if not record.exists():
         return False
     there = read_record(record)["config"]
-    for key in sorted((there.keys() | config.keys()) - {"output", "device", "checkpoint"}):
+    # Folders may move, but RUN/best/model is not RUN/model.
+    if is_best(there["checkpoint"]) != is_best(config["checkpoint"]):
+        raise InputError(f"{record} was measured with {there['checkpoint']}, not {config['checkpoint']}: choose another output")
+    for key in sorted((there.keys() | config.keys()) - {"output", "device", "checkpoint", "picked", "best"}):
         old, new = (json.dumps(values.get(key), sort_keys=True) for values in (there, config))
         if old != new:
             raise InputError(f"{record} was measured with {key} {old}, not {new}: choose another output")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from infini.cli.compose import compose
-from infini.cli.runs import work_through
+from infini.cli.runs import model_of, picked_runs, work_through
 from infini.errors import InputError
-from infini.report.jobs import PLAN
 from infini.report.record import read_record
-from infini.report.sweep import PICK, TUNED, gather, overrides_of
+from infini.report.sweep import TUNED, overrides_of
 from infini.tokenizer_file import BYTES
 
 # Of the configuration: how and where a job is carried out, which no table tells runs apart by.
@@ -27,7 +26,7 @@ def run(arguments: Sequence[str], train: Any) -> None:
     NAME being the old one's, and say in their records what the old ones were, so that `infini report OUTPUT gather=true` pools seeds.
 
     Args:
-        arguments: Hydra overrides, runs=FOLDER and output=OUTPUT among them.
+        arguments: Hydra overrides, runs=FOLDER and output=OUTPUT among them, and best=true for each run's best weights.
         train: called with a composed configuration, an output folder and overrides.
 
     Raises:
@@ -42,34 +41,22 @@ def run(arguments: Sequence[str], train: Any) -> None:
         raise InputError("output is missing: give output=..., the folder of the new runs")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("infini").setLevel(logging.INFO)
-    folder, asked = Path(given["runs"]), [argument for argument in arguments if not argument.startswith(("runs=", "output="))]
-    output = Path(given["output"])
+    folder, asked = Path(given["runs"]), [argument for argument in arguments if not argument.startswith(("runs=", "output=", "best="))]
+    output, best = Path(given["output"]), given.get("best", "false")
+    if best not in ("true", "false"):
+        raise InputError(f"best is {best!r}; use true or false")
 
     def go_on(old: Path, new: Path) -> None:
-        config = compose("train", [*as_saved(old), *asked, f"output={_quoted(str(new))}"])
+        config = compose("train", [*as_saved(old, best == "true"), *asked, f"output={_quoted(str(new))}"])
         before = [override for override in overrides_of(read_record(old / "record.json")) if not override.startswith(f"{TUNED}=")]
         said = [override for override in asked if override.partition("=")[0] not in _UNSAID]
         train(config, new, sorted({override.partition("=")[0]: override for override in before + said}.values()))
 
-    work_through([(old, output / old.relative_to(folder)) for old in picked(folder)], go_on)
+    work_through([(old, output / old.relative_to(folder)) for old in picked_runs(folder)], go_on)
 
 
-def picked(folder: Path) -> list[Path]:
-    """The finished runs below a folder at the learning rate that is picked for their row, sorted.
-
-    Raises:
-        InputError: there is none.
-    """
-    plan = folder / PLAN
-    pick = json.loads(plan.read_bytes()).get("report", {}).get("pick", PICK) if plan.exists() else PICK
-    found = sorted(run.folder for setting in gather(folder, pick).best() for run in setting.finished)
-    if not found:
-        raise InputError(f"no run in {folder} is finished: run the sweep first")
-    return found
-
-
-def as_saved(run: Path) -> list[str]:
-    """Overrides that give conf/train.yaml the model of a run, its weights and its seed.
+def as_saved(run: Path, best: bool = False) -> list[str]:
+    """Overrides that give conf/train.yaml the model of a run, its weights (the last, or the best on held-out text) and its seed.
 
     Raises:
         InputError: there is no model of this library.
@@ -77,7 +64,7 @@ def as_saved(run: Path) -> list[str]:
     from infini import checkpoint
     from infini.cli.build import model_class
 
-    folder = run / "model"
+    folder = model_of(run, best)
     kind = str(checkpoint.model_type(folder))
     fields = checkpoint.read_config(folder, model_class(kind).config_class).to_dict()
     group = "infini_paper" if kind == "infini" else kind

@@ -10,7 +10,7 @@ from typing import Literal
 
 from infini.cli.build import fill, locate, model_class
 from infini.cli.compose import MODULE, compose
-from infini.cli.runs import measure_each
+from infini.cli.runs import measure_each, require_runs
 from infini.errors import InputError
 from infini.report.record import make_record, read_record, write_record
 from infini.report.render import render
@@ -23,11 +23,14 @@ class Command:
     checkpoint: str | None
     hf: str | None
     runs: str | None
+    picked: bool
+    best: bool
     output: str
     device: str
     dtype: Literal["float32", "bfloat16", "float16"] | None
 
     def __post_init__(self) -> None:
+        require_runs(self.picked, self.best, self.runs)
         if len(given := [name for name in ("checkpoint", "hf", "runs") if getattr(self, name)]) > 1:
             raise InputError(f"{' and '.join(f'{name} is {getattr(self, name)}' for name in given)}: give one of them")
 
@@ -47,11 +50,13 @@ def run(arguments: list[str]) -> None:
     command, settings, benchmark = read(config)
 
     def ask(model: Path, output: Path) -> None:
-        one = replace(command, checkpoint=str(model), runs=None, output=str(output))
-        _run(one, settings, benchmark, config | {"checkpoint": one.checkpoint, "runs": None, "output": one.output})
+        one = replace(command, checkpoint=str(model), runs=None, picked=False, best=False, output=str(output))
+        own = {name: getattr(one, name) for name in ("checkpoint", "runs", "picked", "best", "output")}
+        _run(one, settings, benchmark, config | own)
 
     if command.runs:
-        print("\n".join(str(folder / "record.json") for folder in measure_each(Path(command.runs), command.output, ask)))
+        folders = measure_each(Path(command.runs), command.output, ask, command.picked, command.best)
+        print("\n".join(str(folder / "record.json") for folder in folders))
     else:
         _run(command, settings, benchmark, config)
 

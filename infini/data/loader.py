@@ -15,7 +15,9 @@ from infini.data.batch import Batch
 class BatchSource(Protocol):
     """Training data by random access: ``source[index]`` is the same batch in every process and run.
 
-    It may have ``digests``, a dict of SHA-256 by name, of the files that it was made from: they are part of a run's identity.
+    It may have ``digests``, a dict of SHA-256 by name, of the files that it was made from: they are part of a run's identity;
+    ``epochs(batches)``, how often its text has been read after so many batches; and ``held_out``, called with a model for its bits
+    per byte on text that is not learned from, or None.
     """
 
     def __getitem__(self, index: int) -> Batch: ...

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from infini.decoder import check_masks
 from infini.errors import InputError
 from infini.hf.tokenizer import HuggingFaceTokenizer
+from infini.protocol import Carried
 
 
 def load_causal_lm(
@@ -170,12 +172,17 @@ class HuggingFaceCausalLM(nn.Module):
 
     def state_bytes(self, tokens: int, batch_size: int = 1) -> int:
         """Bytes of the cache after ``tokens`` tokens of every row."""
+        return batch_size * self.carried(tokens).bytes
+
+    def carried(self, tokens: int) -> Carried:
+        """What crosses a border behind a row's first ``tokens`` tokens, any number: the cache."""
         kept = 0
         for layer in self._empty_cache().layers or [None] * self._layers:
             # Transformers keeps window - 1 tokens: the next one makes the window full.
             window = getattr(layer, "sliding_window", None)
             kept += tokens if window is None else min(tokens, window - 1)
-        return kept * batch_size * self._token_floats * self.model.dtype.itemsize
+        numbers = kept * self._token_floats
+        return Carried(numbers, numbers * self.model.dtype.itemsize)
 
     def forward(
         self,
@@ -204,6 +211,7 @@ class HuggingFaceCausalLM(nn.Module):
                 f"token ids must be 0 to {self.config.vocab_size - 1}, "
                 f"got {int(tokens.min())} to {int(tokens.max())}; use the model's own tokenizer"
             )
+        check_masks(tokens, reset, padding)
         state = self.init_state(len(tokens), tokens.device) if state is None else state
         if state.batch_size != len(tokens):
             raise InputError(

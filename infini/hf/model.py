@@ -143,9 +143,13 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         """Hidden states of the columns to keep `[batch, columns, hidden]`, and the state after all."""
         tokens = ids.shape[1]
         if isinstance(keep, Tensor):
+            if keep.dim() != 1 or keep.dtype not in (torch.int32, torch.int64) or not bool(((keep >= -tokens) & (keep < tokens)).all()):
+                raise InputError(f"logits_to_keep is {keep}; columns are integers from {-tokens} to {tokens - 1}, in one axis")
             wanted = keep.to(ids.device) % tokens
-            first = int(wanted.min()) if len(wanted) else tokens
+            first = int(wanted.min()) if len(wanted) else tokens - 1
         else:
+            if not isinstance(keep, int) or keep < 0:
+                raise InputError(f"logits_to_keep is {keep!r}; give 0 for all columns, how many of the last, or a tensor of columns")
             wanted, first = None, max(0, tokens - keep) if keep else 0
         # A backward pass needs everything at once; what has no gradient needs a piece at a time.
         piece = max(1, tokens if torch.is_grad_enabled() else self.piece)

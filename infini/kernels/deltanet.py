@@ -44,7 +44,7 @@ def through_unit(gradient, x, size):
 
 @triton.jit
 def unit_lower_inverse(lower, N: tl.constexpr):
-    """(I + L)^-1 `[N, N]` of the entries below the diagonal; `infini.memory._unit_lower_inverse` says how."""
+    """(I + L)^-1 `[N, N]` of the entries below the diagonal; `infini.memory.unit_lower_inverse` says how."""
     i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
     apart = i ^ j
     inverse = tl.where(i == j, 1.0, 0.0) - tl.where((i > j) & (apart == 1), lower, 0.0)

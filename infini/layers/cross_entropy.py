@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
+from infini.errors import InputError
+
 # Logits that are held at a time unless a model says otherwise: 256 MiB in fp32.
 HELD_LOGITS = 2**26
 
@@ -26,12 +28,18 @@ def token_losses(states: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
     Returns:
         `[batch, tokens]` in fp32, or fp64 where the logits are.
 
+    Raises:
+        InputError: `at_once` is less.
+
     Example:
         >>> states, targets = torch.randn(1, 5, 3), torch.tensor([[0, 1, 2, 3, 0]])
         >>> whole, pieces = (token_losses(states, targets, torch.nn.Linear(3, 4), n) for n in (5, 2))
         >>> whole.shape == pieces.shape == targets.shape
         True
     """
+
+    if at_once < 1:
+        raise InputError(f"logits of {at_once} tokens at a time (loss_tokens) cannot give a loss; at least 1, or None")
 
     def losses(states: Tensor, targets: Tensor) -> Tensor:
         logits = head(states)

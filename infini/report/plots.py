@@ -198,6 +198,12 @@ def roofline(record: Mapping[str, Any]) -> bytes:
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte that must be moved")
     axes.set_ylabel("TFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+    drawn = {row.get("direction") for rows in points.values() for row in rows}
+    for direction in sorted(drawn & set(marks)):
+        axes.plot([], [], marks[direction], color="black", fillstyle="none", label=direction)
     axes.grid(alpha=0.3)
     figure.legend(fontsize="xx-small", loc="outside right upper")
     return _png(figure)

@@ -12,7 +12,7 @@ from infini.report.intervals import mean_interval, wilson_interval
 from infini.report.perplexity import summary
 from infini.report.pooled import capacity_cells, compare, measured, passkey_cells, speed_cells
 from infini.report.sweep import LARGER_IS_BETTER, SEEDS, Run, Setting, Sweep
-from infini.report.tables import SPEED_NOTE, caption, speed_cell
+from infini.report.tables import CARRIED, CARRIED_NOTE, SPEED_NOTE, caption, carried_cells, speed_cell
 
 NONE = "-"
 
@@ -53,6 +53,7 @@ def training_table(sweep: Sweep) -> str:
     tuned = any(setting.rate for setting in sweep.settings)
     head = [*sweep.keys, *(["learning rate"] if tuned else []), "seeds", "steps", "tokens", "parameters", "loss", "bits/byte"]
     head += ["answer loss", "tokens/s", "gradient through, tokens", "states of texts up to, tokens"]
+    head += ["epochs", "held-out bits/byte, best", "at step"]
     with_answers = any(setting.metric("answer_accuracy") for setting in sweep.settings)
     head += ["answers right"] if with_answers else []
     lines = []
@@ -62,6 +63,7 @@ def training_table(sweep: Sweep) -> str:
         line += [_mean(setting.metric("loss")), _mean(_bits_per_byte(setting)), _mean(setting.metric("answer_loss"))]
         line += [_mean(setting.metric("tokens_per_second"), "{:,.0f}")]
         line += [_span(setting.metric(metric)) for metric in ("gradient_tokens", "text_tokens")]
+        line += [_mean(setting.metric(metric)) for metric in ("epochs", "best_held_out_bits_per_byte")] + [_span(setting.metric("best_step"))]
         lines.append(line + ([_mean([100 * share for share in setting.metric("answer_accuracy")])] if with_answers else []))
     head, lines = _told(head, lines, first=len(sweep.keys))
     note = "Losses in nats, of the last window of training. Means over seeds, with 95 % intervals (Student's t) where there are several."
@@ -138,7 +140,7 @@ def perplexity_table(sweep: Sweep, evaluation: str, against: str | None = None) 
     if against is not None and against not in best:
         raise InputError(f"against is {against!r}, but the rows are {', '.join(best)}")
     reference = against or next(name for name, setting in best.items() if list(measured(setting, evaluation, "perplexity")))
-    head = [*sweep.keys, "seeds", "documents", "token perplexity", "word perplexity", "bits/byte", "bits/byte without memory", "state, MiB"]
+    head = [*sweep.keys, "seeds", "documents", "token perplexity", "word perplexity", "bits/byte", "bits/byte without memory", *CARRIED]
     head += [f"bits/byte more than {reference}", "95 % interval"]
     lines = []
     for name, setting in best.items():
@@ -148,8 +150,7 @@ def perplexity_table(sweep: Sweep, evaluation: str, against: str | None = None) 
         line += [_mean([total[what] for total in totals]) for what in ("token_perplexity", "word_perplexity", "bits_per_byte")]
         silent = [_nll(record, "nll_without_memory") for record in records]
         line += [_mean([nll / math.log(2) / total["bytes"] for nll, total in zip(silent, totals, strict=True) if nll is not None])]
-        states = [max(row["state_bytes"] for row in record["rows"]) / 2**20 for record in records]
-        line += [_mean(states[:1], "{:,.2f}")]
+        line += carried_cells(records[0]["rows"]) if records else [NONE] * len(CARRIED)
         if name == reference or not records:
             line += [NONE, NONE]
         else:
@@ -159,7 +160,7 @@ def perplexity_table(sweep: Sweep, evaluation: str, against: str | None = None) 
     note = (
         "Totals over all documents; means over seeds, with 95 % intervals (Student's t) where there are several. Differences: each document's "
         "number averaged over seeds, intervals by resampling documents (10,000 draws), so they hold for other documents, not for other seeds. "
-        "State: all that a model carries at the end of the longest document."
+        + CARRIED_NOTE
     )
     head, lines = _told(head, lines, first=len(sweep.keys))
     return f"{_table(head, lines)}\n{note}"

@@ -148,14 +148,14 @@ def perplexity_table(record: Mapping[str, Any]) -> str:
     """
     models = models_of(record)
     head = ["model", "documents", "tokens", "token perplexity", "without memory", "memory saves, nats a token"]
-    head += ["word perplexity", "without memory", "bits per byte", "state, MiB"]
+    head += ["word perplexity", "without memory", "bits per byte", *CARRIED]
     lines = []
     for model, rows in models.items():
         found = summary(rows)
         names = ("token_perplexity", "token_perplexity_without_memory", "memory_gain", "word_perplexity", "word_perplexity_without_memory")
         numbers = [_number(found[name]) for name in names]
-        state = max(row["state_bytes"] for row in rows) / MIB
-        lines.append([model, f"{found['documents']:,}", f"{found['tokens']:,}", *numbers, f"{found['bits_per_byte']:.4f}", f"{state:,.2f}"])
+        counts = [f"{found['documents']:,}", f"{found['tokens']:,}"]
+        lines.append([model, *counts, *numbers, f"{found['bits_per_byte']:.4f}", *carried_cells(rows)])
     positions = {model: {cell["from"]: cell for cell in by_position(rows)} for model, rows in models.items()}
     places = [["positions", "documents", *(name for model in models for name in (model, "without memory"))]]
     for start in sorted({start for cells in positions.values() for start in cells}):
@@ -168,10 +168,27 @@ def perplexity_table(record: Mapping[str, Any]) -> str:
     note = (
         "Every token but a document's first is scored once, given all before it; positions count from 0. Token perplexity depends on the "
         "tokenizer; word perplexity is exp(nll / words), words being what stands between blanks. Without memory: the model's own silenced "
-        "state, see baselines/README.md.\n\n"
+        f"state, see baselines/README.md. {CARRIED_NOTE}\n\n"
     )
     by_place = f"## Token perplexity by position in the document\n\n{_table(places[0], places[1:])}\n"
     return f"# Perplexity\n\n{_table(head, lines)}\n{by_place}{note}{caption(record)}"
+
+
+CARRIED = ("carried over a border, numbers", "carried, MiB", "state, MiB")
+CARRIED_NOTE = (
+    "Carried: what crosses a segment border in one text, the memory size of arXiv 2404.07143; state: all that is held for it, the open "
+    "segment too, also while it is written on. Both after the longest document."
+)
+
+
+def carried_cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The largest of a model's rows under the heads `CARRIED`.
+
+    >>> carried_cells([{"carried_numbers": 2**20, "carried_bytes": 2**22, "state_bytes": 2**23}])
+    ['1,048,576', '4.00', '8.00']
+    """
+    numbers, carried, state = (max(row[name] for row in rows) for name in ("carried_numbers", "carried_bytes", "state_bytes"))
+    return [f"{numbers:,}", f"{carried / MIB:,.2f}", f"{state / MIB:,.2f}"]
 
 
 def tokenizer_table(record: Mapping[str, Any]) -> str:

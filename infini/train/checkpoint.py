@@ -29,6 +29,9 @@ class Progress:
         seconds: wall time spent, over all resumptions.
         gradient_tokens: most tokens that a gradient went through.
         text_tokens: tokens of the longest text that a state has seen, long gaps counted.
+        held_out: bits per byte of held-out text when it was last read; None: never.
+        best_held_out, best_step: the lowest of them, and after which step.
+        worse_since: readings since then.
     """
 
     step: int = 0
@@ -36,6 +39,10 @@ class Progress:
     seconds: float = 0.0
     gradient_tokens: int = 0
     text_tokens: int = 0
+    held_out: float | None = None
+    best_held_out: float | None = None
+    best_step: int = 0
+    worse_since: int = 0
 
     def reached(self, gradient_tokens: int, text_tokens: int) -> None:
         """Note how far a batch reached, see :func:`infini.train.reach.reach_of`."""

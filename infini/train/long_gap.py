@@ -81,6 +81,8 @@ def cross(model: Callable, batch: Batch, state: InfiniState, read_segments: int 
             f"a batch has a long gap, but the model carries a {type(state).__name__} and not an InfiniState: "
             "use an InfiniTransformer or a task without gaps"
         )
+    if read_segments is not None and read_segments < 1:
+        raise InputError(f"read_segments is {read_segments}; at least 1 segment of a gap must be read, or None for all")
     n, border = batch.segment_length, batch.gap.position * batch.segment_length
     if bool(state.open_length.any()):
         raise InputError(

@@ -22,6 +22,7 @@ from infini.data.loader import BatchSource, load_batches
 from infini.errors import InputError
 from infini.report.record import make_record, read_record, write_record
 from infini.train.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from infini.train.held_out import HeldOut
 from infini.train.interrupt import StopRequest
 from infini.train.metrics import MetricsLog
 from infini.train.optimizer import build_optimizer, learning_rate_at, set_learning_rate
@@ -52,11 +53,11 @@ def train(
     batches and minimizes the loss of :mod:`infini.train.loss`: all segments of a row at once, or in the order of
     :mod:`infini.train.replay`; across the gap of a batch that has one as :mod:`infini.train.long_gap` says;
     from the end of the batch before where the source's batches make a stream, see :mod:`infini.train.streams`.
-    Parameters, optimizer and the model's state are fp32; ``precision="bf16"`` is autocast around
+    Parameters, optimizer and the model's memories are fp32; ``precision="bf16"`` is autocast around
     the model alone. Between two lines of metrics the host never waits for the device.
 
     ``output`` receives ``run.json`` (which run this is), ``metrics.jsonl``, ``checkpoints/``,
-    ``model/`` (16-bit, for ``from_pretrained``) and at the end ``record.json``. Called again with
+    ``model/`` (16-bit, for ``from_pretrained``), where held-out text is read ``best/model/``, and at the end ``record.json``. Called again with
     the same arguments, an unfinished run goes on from its last checkpoint, a finished one returns
     its result. On CPU the resumed run equals the uninterrupted one bit for bit.
 
@@ -70,7 +71,8 @@ def train(
 
     Returns:
         The record's metrics: steps, tokens, parameters, seconds, tokens_per_second,
-        peak_memory_bytes, the last losses (nats) and the last knock-out.
+        peak_memory_bytes, the last losses (nats) and the last knock-out; epochs where the source counts them, and what
+        :meth:`infini.train.held_out.HeldOut.result` says.
 
     Raises:
         InputError: the folder holds another run, the source is too short, the device is missing,
@@ -80,6 +82,7 @@ def train(
     started, output = time.time(), Path(output)
     device = _device(settings.device)
     _check_length(source, settings)
+    held_out = HeldOut(source, settings, output)
     run = {
         "model": {"class": _name(type(model)), **model.config.to_dict()},
         "data": _describe(source),
@@ -104,9 +107,10 @@ def train(
     if checkpoint := latest_checkpoint(output / "checkpoints"):
         progress = load_checkpoint(checkpoint, model, optimizer, streams)
         logger.info("going on from %s", checkpoint)
+        held_out.keep(model, progress)
 
     with MetricsLog(output, progress.step, tensorboard=settings.tensorboard) as log:
-        _run_steps(model, source, settings, output, device, optimizer, progress, streams, log)
+        _run_steps(model, source, settings, output, device, optimizer, progress, streams, held_out, log)
         last, telemetry = log.last("loss"), log.last("knockout_token_loss")
 
     with whole_folder(output / "model") as folder:
@@ -115,6 +119,7 @@ def train(
     metrics = {
         "steps": progress.step,
         "tokens": progress.tokens,
+        **_epochs(source, progress.step, settings),
         "gradient_tokens": progress.gradient_tokens,
         "text_tokens": progress.text_tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -123,6 +128,7 @@ def train(
         "peak_memory_bytes": last["peak_memory_bytes"],
         **{key: last[key] for key in ("loss", "token_loss", "answer_loss")},
         **{key: telemetry[key] for key in ("knockout_token_loss", "knockout_answer_loss")},
+        **held_out.result(progress),
     }
     record = make_record(
         "train",
@@ -146,9 +152,10 @@ def _run_steps(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     streams: Streams,
+    held_out: HeldOut,
     log: MetricsLog,
 ) -> None:
-    """Take the steps from ``progress.step`` to the end, moving ``progress`` and ``streams`` along."""
+    """Take the steps from ``progress.step`` to the end, or to where held-out text says so, moving ``progress`` and ``streams`` along."""
     called = _in_precision(model, device, settings.precision)
     schedule = _schedule(settings, model.config.segment_length)
     gates = GateWatch(model)
@@ -171,7 +178,7 @@ def _run_steps(
     window = Window(settings.token_weight)
 
     with StopRequest() as stop, bar:
-        while progress.step < settings.steps:
+        while progress.step < settings.steps and not held_out.over(progress):
             batches = [next(data) for _ in range(settings.accumulation)]
             rate = learning_rate_at(progress.step, settings)
             set_learning_rate(optimizer, rate)
@@ -188,12 +195,13 @@ def _run_steps(
             saves = ends or progress.step % settings.checkpoint_every == 0
             # Also after the first step: a dead gate should be told at once.
             probes = ends or progress.step % settings.knockout_every == 0 or progress.step == 1
-            if saves or probes or progress.step % settings.log_every == 0:
+            validates = held_out.due(progress.step)
+            if saves or probes or validates or progress.step % settings.log_every == 0:
                 # Before anything else: weights that a NaN has spoiled are neither probed nor saved.
                 measured = window.read()
                 progress.tokens += window.tokens
                 progress.seconds += window.seconds
-                row = {"step": progress.step, "tokens": progress.tokens, **measured}
+                row = {"step": progress.step, "tokens": progress.tokens, **_epochs(source, progress.step, settings), **measured}
                 row["learning_rate"] = rate
                 row["seconds"] = progress.seconds
                 row["tokens_per_second"] = window.tokens / window.seconds
@@ -209,8 +217,13 @@ def _run_steps(
                     loss_of = partial(schedule.loss, state=streams.start)  # the start that the step had
                     probe = knock_out(loss_of, called, batches[-1].to(device))
                 log.write({"step": progress.step, **probe})
+            if validates:
+                log.write(held_out.measure(model, device, progress))
+                window = Window(settings.token_weight)  # its clock counts training alone
+                saves = saves or progress.best_step == progress.step or held_out.over(progress)
             if saves:
                 saved = save_checkpoint(output / "checkpoints", model, optimizer, progress, streams)
+                held_out.keep(model, progress)
             if ends and progress.step < settings.steps:  # `stop` may have come since: then the next step ends
                 raise KeyboardInterrupt(
                     f"stopped after step {progress.step} of {settings.steps}; {saved} is written: "
@@ -231,6 +244,11 @@ def _schedule(settings: TrainSettings, segment_length: int) -> Schedule:
     if group is None:
         return Parallel(settings.gap_read_segments)
     return Replay(segment_length, group, settings.bptt_segments, settings.replay_checkpoints, settings.gap_read_segments)
+
+
+def _epochs(source: BatchSource, steps: int, settings: TrainSettings) -> dict[str, float]:
+    """How often ``source`` has been read after so many steps, where it can say so."""
+    return {"epochs": source.epochs(steps * settings.accumulation)} if hasattr(source, "epochs") else {}
 
 
 def _in_short(row: dict) -> str:

@@ -47,6 +47,15 @@ class Replay:
     checkpoints: str = "every"
     gap_read_segments: int | None = None
 
+    def __post_init__(self):
+        if self.checkpoints not in ("every", "sqrt"):
+            raise InputError(f"checkpoints is {self.checkpoints!r}; choose every or sqrt")
+        for name in ("segment_length", "group"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.bptt_segments is not None and (self.bptt_segments < 1 or self.bptt_segments % self.group):
+            raise InputError(f"bptt_segments is {self.bptt_segments}; it must be a multiple of group = {self.group}: gradients stop between groups")
+
     def loss(self, model: Callable, batch: Batch, state: StreamState | None = None) -> LossSums:
         """The batch's loss, group after group; without gradient, or it would hold everything after all."""
         total = None

@@ -35,7 +35,7 @@ def claim(folder: Path, identity: dict) -> None:
                 "choose another output folder or delete this one"
             )
         return
-    for name in ("checkpoints", "metrics.jsonl", "model", "record.json"):
+    for name in ("best", "checkpoints", "metrics.jsonl", "model", "record.json"):
         if (folder / name).exists():
             raise InputError(
                 f"output folder {folder} holds {name} but no {_IDENTITY} to say of which run: "

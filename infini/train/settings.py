@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from infini.errors import InputError
+from infini.field_types import check_types
 
 # These decide how a run is carried out or watched, not what it computes:
 # a run may be resumed with other values.
@@ -49,6 +51,10 @@ class TrainSettings:
         log_every: steps between lines of metrics; the host waits for the device only then.
         checkpoint_every: steps between checkpoints; one is also written at the end.
         knockout_every: steps between telemetry lines (gates, memory share, knock-out).
+        validate_every: steps between readings of held-out text; the best weights are kept, see :class:`infini.train.held_out.HeldOut`.
+            None: never.
+        patience: end training after so many readings without a better one; the learning rate is then what its schedule of
+            ``steps`` says there. None: never.
         workers: processes that make batches.
         tensorboard: also write TensorBoard events.
 
@@ -84,23 +90,34 @@ class TrainSettings:
     log_every: int = 20
     checkpoint_every: int = 500
     knockout_every: int = 200
+    validate_every: int | None = None
+    patience: int | None = None
     workers: int = 2
     tensorboard: bool = False
 
     def __post_init__(self):
+        check_types(self)
         object.__setattr__(self, "betas", tuple(self.betas))  # YAML has lists only
         at_least_one = ("steps", "accumulation", "log_every", "checkpoint_every", "knockout_every")
         for name in at_least_one:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "memory_learning_rate_scale", "clip"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
-        for name in ("token_weight", "weight_decay", "warmup_steps", "workers", "seed"):
+        for name in ("learning_rate", "memory_learning_rate_scale"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "greater than 0, and finite")
+        _require(self.clip > 0, "clip", self.clip, "greater than 0")  # infinity clips nothing
+        for name in ("token_weight", "weight_decay"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more, and finite")
+        for name in ("warmup_steps", "workers", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         ratio = self.min_learning_rate_ratio
         _require(0 <= ratio <= 1, "min_learning_rate_ratio", ratio, "between 0 and 1")
         two_decays = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(two_decays, "betas", self.betas, "two numbers of at least 0 and below 1")
         _require(self.precision in ("bf16", "fp32"), "precision", self.precision, "bf16 or fp32")
+        for name in ("validate_every", "patience"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1, or null")
+        if self.patience and not self.validate_every:
+            raise InputError(f"patience is {self.patience}, but validate_every is null: nothing says whether training still helps")
         self._check_replay()
         if self.warmup_steps > self.steps:
             raise InputError(

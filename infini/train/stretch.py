@@ -38,7 +38,7 @@ def stretch(
         The memory, and its map: A^t, or the product of all A_j.
 
     Raises:
-        InputError: the rule is ``gamma_delta``, whose second turn writes another normalizer than its first.
+        InputError: ``times`` is less, or the rule is ``gamma_delta``, whose second turn writes another normalizer than its first.
 
     Example:
         >>> one = torch.ones(1, 1, 1, 1)
@@ -46,6 +46,8 @@ def stretch(
         >>> memory.matrix.item(), carried.item()  # 3 -> 2.5 -> 2.25: halved, and 1 added
         (2.25, 0.25)
     """
+    if times < 1:
+        raise InputError(f"a text cannot count {times} times; at least once")
     if rule == "gamma_delta":
         raise InputError(
             "gap_read_segments is set, but in the update rule gamma_delta the normalizer changes what a text writes the "

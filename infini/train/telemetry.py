@@ -30,7 +30,8 @@ def knock_out(loss_of: Callable, model: Callable, batch: Batch) -> dict:
 
     Returns:
         ``knockout_token_loss`` (nats per token), ``knockout_answer_loss`` (nats per answer token;
-        None without answers) and ``layers``: one dict per layer as the model traced it, or None.
+        None without answers) and ``layers``: one dict per layer as the model traced it in the last call, or None. A batch is one
+        call but for a gap, behind which the last one begins, and for a replay, where it is that of the last group.
     """
     trace: dict = {}
     with torch.no_grad():

@@ -114,6 +114,10 @@ def run(model, tokenizer, settings: PasskeyBenchmark, output: Path) -> list[dict
         digit_accuracy_by_position, border_cut (needles in more than one segment),
         border_cut_exact_match (None when there are none), state_bytes (per sample), seconds.
 
+        ``seconds`` is reading alone, ``tokens_per_second`` the prompts' tokens over it: from the ids on the CPU, checked and fed
+        piece by piece, to the arrival of the last logits. Prompts are built before, answers written after; neither counts, nor
+        does the compiling of kernels, because two pieces are read before the first cell.
+
     Raises:
         InputError: a prompt that cannot be built, a tokenizer with more tokens than the model, an
             output folder of another run, logits that are not finite.
@@ -132,6 +136,8 @@ def run(model, tokenizer, settings: PasskeyBenchmark, output: Path) -> list[dict
     finished = FinishedCells(Path(output), _identity(model, settings, haystack, device))
     cells = settings.cells()
     todo = sum(length * settings.samples for length, depth in cells if not finished.get(length, depth))
+    if todo:
+        _warm_up(model, settings, haystack)
     rows = []
     with tqdm(total=todo, unit="tok", unit_scale=True, desc="passkey") as bar:
         for length, depth in cells:
@@ -187,10 +193,8 @@ def _run_cell(model, tokenizer, settings, haystack, length, depth, device, bar) 
             build_prompt(tokenizer, length, depth, one.key, haystack, one.phase, one.quiz)
             for one in now
         ]
-        started = time.perf_counter()
         session = StreamingSession(model, batch_size=len(batch), piece=settings.piece)
-        _feed(session, batch, settings.piece, bar)
-        seconds += time.perf_counter() - started
+        seconds += _seconds_to_read(session, torch.stack([prompt.ids for prompt in batch]), bar)
         answers = _answers(session, tokenizer, settings.digits + EXTRA_TOKENS)
         n = model.config.segment_length
         for prompt, one, answer in zip(batch, now, answers, strict=True):
@@ -217,17 +221,26 @@ def _sample(prompt: Prompt, quiz: Quiz, text: str, segment_length: int) -> dict:
     }
 
 
-def _feed(session, prompts, piece, bar) -> None:
-    ids = torch.stack([prompt.ids for prompt in prompts])
-    for start in range(0, ids.shape[1], piece):
-        part = ids[:, start : start + piece]
-        logits = session.feed(part)
-        bar.update(part.numel())
-    if not torch.isfinite(logits).all():  # also waits for the device, so that the clock is right
+def _seconds_to_read(session: StreamingSession, ids: torch.Tensor, bar: tqdm) -> float:
+    """Feeds the prompts `[batch, tokens]`; the time from their first token to the arrival of their last logits."""
+    before, rows = bar.n, len(ids)
+    started = time.perf_counter()
+    logits = session.feed(ids, progress=lambda read: bar.update(before + rows * read - bar.n))
+    finite = bool(torch.isfinite(logits).all())  # waits for the device, so that the clock is right
+    seconds = time.perf_counter() - started
+    if not finite:
         raise InputError(
             f"the model's logits are not finite after {ids.shape[1]} tokens: its weights hold NaN "
             "or its state has overflowed; check the checkpoint"
         )
+    return seconds
+
+
+def _warm_up(model, settings: PasskeyBenchmark, haystack: Haystack) -> None:
+    """Reads two pieces, the one into an empty memory and the next, so that no clock runs while kernels are compiled or loaded."""
+    rows, tokens = min(settings.batch_size, settings.samples), min(2 * settings.piece, max(settings.lengths))
+    session = StreamingSession(model, batch_size=rows, piece=settings.piece)
+    session.feed(haystack.run(0, tokens).expand(rows, -1))
 
 
 def _answers(session, tokenizer, count) -> Iterator[str]:

@@ -25,17 +25,21 @@ QUESTION = "What is the pass key? The pass key is"
 
 @dataclass(frozen=True)
 class Decoy:
-    """A statement that is not asked for.
+    """A statement that a prompt does not end by asking for.
 
     Attributes:
         text: the statement.
         place: 0..1, its place in the filler.
         before: the place is a share of the filler before the needle, not of the whole filler.
+        question: what it answers; a training row may ask that on its way. None: never asked.
+        key: the number that it holds then.
     """
 
     text: str
     place: float
     before: bool = False
+    question: str | None = None
+    key: int | None = None
 
     def offset(self, before: int, filler: int) -> int:
         """Tokens of filler before it, of ``filler`` in all and ``before`` before the needle."""
@@ -111,7 +115,7 @@ def _competing(count: int) -> NeedleKind:
         asked, *others = random.choice(_NAMES, count, replace=False).tolist()
         keys = _other_keys(random, key, count - 1, held_out)
         decoys = tuple(
-            Decoy(_NAMED.format(name=name, key=other), place)
+            Decoy(_NAMED.format(name=name, key=other), place, question=_NAMED_QUESTION.format(name=name), key=other)
             for name, other, place in zip(others, keys, random.random(count - 1), strict=True)
         )
         return Quiz(
@@ -230,8 +234,12 @@ def _phrase(random: np.random.Generator, key: int, held_out: bool) -> Quiz:
 
     keys = [key, *_other_keys(random, key, count - 1, held_out)]
     needle, *others = (said(phrase, number) for phrase, number in zip(phrases, keys, strict=True))
-    question = _SAID_QUESTION[random.integers(len(_SAID_QUESTION))].format(phrase=phrases[0])
-    return Quiz(needle, question, decoys=tuple(Decoy(text, place) for text, place in zip(others, random.random(count - 1))))
+    asking = _SAID_QUESTION[random.integers(len(_SAID_QUESTION))]
+    decoys = (
+        Decoy(text, place, question=asking.format(phrase=phrase), key=other)
+        for text, place, phrase, other in zip(others, random.random(count - 1), phrases[1:], keys[1:], strict=True)
+    )
+    return Quiz(needle, asking.format(phrase=phrases[0]), decoys=tuple(decoys))
 
 
 def _other_keys(random: np.random.Generator, key: int, count: int, held_out: bool) -> list[int]:

@@ -53,7 +53,9 @@ class Haystack:
 
     def run(self, start: int, count: int) -> torch.Tensor:
         """``count`` ids from position ``start`` on, int64, wrapping round at the period's end."""
-        return self.ids[torch.arange(start, start + count) % len(self.ids)]
+        first = self.ids[start % len(self.ids) :][:count]
+        turns, rest = divmod(count - len(first), len(self.ids))
+        return torch.cat([first, self.ids.repeat(turns), self.ids[:rest]])
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 from infini.tasks.passkey.needles import Decoy, Quiz
 from infini.tasks.rows import run_of
 
 from infini.data.tokenizer import Tokenizer
+
+
+class Asked(NamedTuple):
+    """A question with its answer.
+
+    Attributes:
+        ids: tokens of both.
+        number: how many of them, the last, are the number.
+    """
+
+    ids: np.ndarray
+    number: int
 
 
 class Script:
@@ -54,9 +67,13 @@ class Script:
         """A space and the number."""
         return np.concatenate([self.ids(" "), self.number(key)])
 
+    def asked(self, question: str, key: int) -> Asked:
+        """A question and its answer."""
+        return Asked(np.concatenate([self.ids(f"\n{question}"), self.answer(key)]), len(self.number(key)))
+
     def asked_size(self, quiz: Quiz, key: int) -> int:
         """Tokens that an answered question takes amid filler."""
-        return len(self.question(quiz)) + len(self.answer(key)) + len(self.after)
+        return len(self.asked(quiz.question, key).ids) + len(self.after)
 
     def decoys(self, quiz: Quiz, share: float, after: bool) -> Iterator[tuple[Decoy, np.ndarray]]:
         """The decoys before, or after, a border at ``share`` of the row, and their statements."""
@@ -81,9 +98,7 @@ class Row:
     Args:
         tokens: ids ``[length]``; overwritten.
         answer: bool ``[length]``; set where an answer's digits are, and the stop after them.
-        script: how it is said.
-        quiz: what is said and asked.
-        key: the number that is asked for.
+        after: ids that end an answered question.
         filler: ids ``[period]``.
         phase: where in it the row's filler begins.
     """
@@ -92,15 +107,12 @@ class Row:
         self,
         tokens: np.ndarray,
         answer: np.ndarray,
-        script: Script,
-        quiz: Quiz,
-        key: int,
+        after: np.ndarray,
         filler: np.ndarray,
         phase: int,
     ):
         self.tokens, self.answer, self.filler, self.phase, self.at = tokens, answer, filler, phase, 0
-        self._asked = np.concatenate([script.question(quiz), script.answer(key)])
-        self._number, self._after = len(script.number(key)), script.after
+        self._after = after
 
     def say(self, ids: np.ndarray) -> None:
         """Writes token ids; the row's end may cut them."""
@@ -114,24 +126,24 @@ class Row:
         self.phase += count
         self.at += count
 
-    def ask(self) -> None:
-        """Writes the question and its answer; that the number ends belongs to it."""
-        self.say(self._asked)
-        start = self.at - self._number
+    def ask(self, asked: Asked) -> None:
+        """Writes a question and its answer; that the number ends belongs to it."""
+        self.say(asked.ids)
+        start = self.at - asked.number
         self.say(self._after)
-        self.answer[start : start + self._number + 1] = True
+        self.answer[start : start + asked.number + 1] = True
 
-    def stretch(self, filler: int, events: list[tuple[int, np.ndarray | None]]) -> None:
+    def stretch(self, filler: int, events: list[tuple[int, np.ndarray | Asked]]) -> None:
         """Writes ``filler`` tokens of filler, interrupted by events.
 
         Args:
             filler: tokens.
-            events: how much of the filler comes before, and a statement (None: the question). Those with
-                equal places keep their order.
+            events: how much of the filler comes before, and a statement or a question. Those with equal places keep
+                their order.
         """
         done = 0
-        for place, statement in sorted(events, key=itemgetter(0)):
+        for place, event in sorted(events, key=itemgetter(0)):
             self.fill(place - done)
-            self.ask() if statement is None else self.say(statement)
+            self.ask(event) if isinstance(event, Asked) else self.say(event)
             done = place
         self.fill(filler - done)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from infini.tasks.passkey.keys import draw_keys
-from infini.tasks.passkey.needles import NEEDLES, NeedleKind, Quiz, needle_kind
-from infini.tasks.passkey.row import Row, Script
+from infini.tasks.passkey.needles import NEEDLES, Decoy, NeedleKind, Quiz, needle_kind
+from infini.tasks.passkey.row import Asked, Row, Script
 from infini.tasks.recall.training import RecallTraining
 from infini.tasks.rows import RowSource, run_of
 
@@ -26,8 +26,8 @@ class PasskeyTraining(RowSource):
 
     The signal of one passkey in a long text is too thin to teach retrieval from scratch: the share
     of recall rows falls linearly from ``recall_share_start`` to ``recall_share_end`` over the first
-    ``recall_fall`` of training, and ``dense_question_share`` of the passkey rows ask the question
-    again every half to two segments after the needle.
+    ``recall_fall`` of training, and ``dense_question_share`` of the passkey rows ask
+    every half to two segments after the needle, where there are several keys for any of those said by then.
 
     A passkey row is a benchmark prompt, its answer and a little more filler. The key's depth is
     uniform. The last prompt ends within the row's last segment; in ``border_share`` of the rows it
@@ -173,7 +173,7 @@ class PasskeyTraining(RowSource):
             fixed = script.fixed_size(quiz)
         prompt = self._prompt_length(random, len(tokens), fixed, len(script.answer(key)))
         filler = prompt - fixed
-        row = self._start_row(random, tokens, answer, name, key, quiz)
+        row, last = self._start_row(random, tokens, answer, name), script.asked(quiz.question, key)
 
         before = self._filler_before(random, filler)
         if random.random() < self.near_share:
@@ -181,10 +181,12 @@ class PasskeyTraining(RowSource):
         asked = self._dense_questions(random, filler - before, script.asked_size(quiz, key))
         filler -= len(asked) * script.asked_size(quiz, key)
         row.say(script.head(quiz))
-        decoys = [(decoy.offset(before, filler), script.statement(decoy.text)) for decoy in quiz.decoys]
-        questions = [(before + place, None) for place in asked]
+        said = [(decoy.offset(before, filler), decoy) for decoy in quiz.decoys]
+        decoys = [(place, script.statement(decoy.text)) for place, decoy in said]
+        questions = self._questions(random, [before + place for place in asked], last, said, filler)
+        filler -= sum(len(one.ids) - len(last.ids) for _, one in questions)
         row.stretch(filler, [*decoys, (before, script.statement(quiz.needle)), *questions])
-        row.ask()
+        row.ask(last)
         row.fill(len(tokens) - row.at)
 
     def _gap_batch(self, random, step: int) -> Batch:
@@ -228,7 +230,7 @@ class PasskeyTraining(RowSource):
             name, key, quiz = "passkey", *_draw(random, _PASSKEY)
             sizes = script.sizes_around(quiz, share)
         prompt = self._prompt_length(random, len(tokens), border + sizes[1], len(script.answer(key)))
-        row = self._start_row(random, tokens, answer, name, key, quiz)
+        row, last = self._start_row(random, tokens, answer, name), script.asked(quiz.question, key)
 
         filler = border - sizes[0]
         before = self._filler_before(random, filler)
@@ -244,12 +246,16 @@ class PasskeyTraining(RowSource):
         filler = prompt - border - sizes[1]
         asked = self._dense_questions(random, filler, script.asked_size(quiz, key))
         filler -= len(asked) * script.asked_size(quiz, key)
-        decoys = [
-            (round((decoy.place - share) / (1 - share) * filler), text)
+        later = [
+            (round((decoy.place - share) / (1 - share) * filler), decoy, text)
             for decoy, text in script.decoys(quiz, share, after=True)
         ]
-        row.stretch(filler, [*decoys, *((place, None) for place in asked)])
-        row.ask()
+        said = [(0, decoy) for decoy, _ in script.decoys(quiz, share, after=False)]
+        said += [(place, decoy) for place, decoy, _ in later]
+        questions = self._questions(random, asked, last, said, filler)
+        filler -= sum(len(one.ids) - len(last.ids) for _, one in questions)
+        row.stretch(filler, [*((place, text) for place, _, text in later), *questions])
+        row.ask(last)
         row.fill(len(tokens) - row.at)
         return row.filler, phase
 
@@ -271,9 +277,30 @@ class PasskeyTraining(RowSource):
                 left -= share
         return name, *_draw(random, NEEDLES[name])
 
-    def _start_row(self, random, tokens, answer, name, key, quiz) -> Row:
+    def _start_row(self, random, tokens, answer, name) -> Row:
         filler = self.draw_filler(random, self._fillers[name])
-        return Row(tokens, answer, self._script, quiz, key, filler, phase=int(random.integers(len(filler))))
+        return Row(tokens, answer, self._script.after, filler, phase=int(random.integers(len(filler))))
+
+    def _questions(
+        self, random, places: list[int], last: Asked, said: list[tuple[int, Decoy]], filler: int
+    ) -> list[tuple[int, Asked]]:
+        """What is asked at each of the places: what the row ends with, or what any decoy answers that was said by then.
+
+        The same question again could be answered with the answer before. One that is longer is asked as long as it takes
+        only filler from behind the last event.
+        """
+        others = [
+            (place, self._script.asked(decoy.question, decoy.key)) for place, decoy in said if decoy.question is not None
+        ]
+        spare = filler - max([place for place, _ in said] + places, default=0)
+        questions = []
+        for place in places:
+            known = [last] + [
+                asked for since, asked in others if since <= place and len(asked.ids) - len(last.ids) <= spare
+            ]
+            questions.append((place, known[random.integers(len(known))] if len(known) > 1 else last))
+            spare -= len(questions[-1][1].ids) - len(last.ids)
+        return questions
 
     def _filler_before(self, random, filler: int) -> int:
         """Tokens of filler before the needle."""

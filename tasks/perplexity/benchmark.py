@@ -52,8 +52,9 @@ def run(model, settings: PerplexitySettings) -> tuple[list[dict], dict[str, Any]
     Returns:
         A row for each document, in the order of the files: document (its name), tokens (predicted ones: all but the first),
         words (pieces between blanks), bytes (UTF-8), nll and nll_without_memory (nats; None without a memory or without
-        ``knockout``), state_bytes (what the model carries at its end), by_position (for each power of two: from, tokens, nll,
-        nll_without_memory). And what identifies the data: checksums, rows left out.
+        ``knockout``), carried_numbers and carried_bytes (what crosses its last segment border, see
+        :class:`infini.protocol.Carried`), state_bytes (all that is held at its end, the open segment too), by_position (for each
+        power of two: from, tokens, nll, nll_without_memory). And what identifies the data: checksums, rows left out.
 
     Raises:
         InputError: texts that cannot be read, a document of fewer than 2 tokens, documents that are all too short for a memory.
@@ -103,7 +104,8 @@ def has_memory(model) -> bool:
 
 
 def _row(model, text: TokenizedDocuments, i: int, nll: list[float], silent: list[float] | None) -> dict:
-    size = int(text.sizes[i])
+    size, segment = int(text.sizes[i]), model.config.segment_length
+    carried = model.carried((size - 1) // segment * segment)
     buckets = [
         {"from": 2**b, "tokens": tokens, "nll": nll[b], "nll_without_memory": None if silent is None else silent[b]}
         for b, tokens in enumerate(tokens_of_buckets(size))
@@ -115,6 +117,8 @@ def _row(model, text: TokenizedDocuments, i: int, nll: list[float], silent: list
         "bytes": text.bytes[i],
         "nll": sum(nll),
         "nll_without_memory": None if silent is None else sum(silent),
+        "carried_numbers": carried.numbers,
+        "carried_bytes": carried.bytes,
         "state_bytes": model.state_bytes(size - 1),
         "by_position": buckets,
     }

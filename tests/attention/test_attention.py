@@ -209,3 +209,29 @@ def test_empty_memory_has_the_shape_of_its_rule():
     assert isinstance(found, MemoryState) and found.matrix.dtype == torch.float32
     config = InfiniConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, update_rule="deltanet")
     assert empty_memory(config, 3, torch.zeros(1)).normalizer is None
+
+
+@torch.no_grad()
+def test_statistics_are_of_the_tokens_alone():
+    """Not of the slots that the last segment leaves empty, nor of padding: both read the memory, and nobody looks."""
+    layer, x = make(write_gate=True, gate_when_empty=True), torch.randn(1, 12, 12, dtype=f64)
+    layer.o_proj = torch.nn.Identity()
+
+    def parts(x):
+        """What each token reads, and what it attends to."""
+        weight = torch.sigmoid(layer.beta.float()).double()[:, None]
+        memory, local = ([attend(bent(sign), x)[0].unflatten(-1, (4, 6))] for sign in (800.0, -800.0))
+        return (weight * memory[0]).norm(), ((1 - weight) * local[0]).norm()
+
+    def bent(beta):
+        other = make(write_gate=True, gate_when_empty=True)
+        other.o_proj = torch.nn.Identity()
+        other.beta.fill_(beta)
+        return other
+
+    trace: list = []
+    attend(layer, x, trace=trace)  # two segments and two tokens
+    memory, local = parts(x)
+    assert trace[0]["memory_share"].item() == pytest.approx((memory / (memory + local)).item(), abs=1e-6)
+    gates = torch.sigmoid(layer.write_gate(x))
+    assert trace[0]["write_gate_mean"].item() == pytest.approx(gates.mean().item(), abs=1e-6)

@@ -130,6 +130,24 @@ def test_operations_on_a_state_leave_it_as_it_was(model):
     assert not any(x.requires_grad for x in tensors(state.detach()).values())
 
 
+def test_carried_numbers_are_the_papers_memory_sizes():
+    """Table 2 of arXiv:2404.07143: 12 layers, 8 heads of 128, segments and caches of 2,048, a memory of 65,536, 100 vectors."""
+    shape = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8, segment_length=2048)
+    book = 2048 * 64
+    with torch.device("meta"):
+        ours = InfiniTransformer(InfiniConfig.paper(**shape)).carried(book)
+        delta = InfiniTransformer(InfiniConfig.paper(**shape, update_rule="delta")).carried(book)
+        xl = TransformerXL(TransformerXL.config_class(**shape)).carried(book)
+        memorizing = MemorizingTransformer(MemorizingTransformer.config_class(**shape, memory_size=65536)).carried(book)
+        rmt = RecurrentMemoryTransformer(RecurrentMemoryTransformer.config_class(**shape, num_memory_tokens=100)).carried(book)
+    assert ours == delta == (12 * 8 * (128 * 128 + 128), 4 * 12 * 8 * (128 * 128 + 128))  # 1.6M
+    # Hidden states here; the paper's 50M and 183M are the keys and values of the caches.
+    assert 2 * xl.numbers == (128 + 128) * 8 * 2048 * 12  # 50.3M
+    assert memorizing.numbers == xl.numbers + (128 + 128) * 8 * 65536  # with keys and values 184.5M
+    assert 2 * 12 * rmt.numbers == 1024 * 100 * 12 * 2  # 2.5M
+    assert memorizing.numbers > 100 * ours.numbers
+
+
 def test_at_the_default_shape_the_models_are_of_one_size():
     """To 0.1 %; W_{k,R} of relative positions is what a SwiGLU of 1237 in place of 1408 has less, and decays, write strengths and
     convolutions what one of 1405 has less."""

@@ -48,6 +48,52 @@ def test_each_model_has_a_record_and_a_damaged_one_stops_no_other(command, asked
     assert {path: (sweep / path).read_bytes() for path in found} == before
 
 
+@pytest.fixture
+def grid(sweep, tmp_path):
+    """The sweep's three models as runs of a grid: two rates of one row, of which the second has the lower loss, and another row."""
+    InfiniTransformer.from_pretrained(sweep / "seed=0" / "model").save_pretrained(sweep / "seed=1" / "model")
+    (tmp_path / "text.txt").write_text("The sea is wide and the ship is small. " * 9)
+    for seed, (model, rate, loss) in enumerate((("a", "1e-3", 2.0), ("a", "2e-3", 1.0), ("b", "1e-3", 3.0))):
+        record = {"schema": 1, "kind": "train", "command": "infini train", "config": {}, "seeds": {"train": 0}, "metrics": {"loss": loss}}
+        overrides = [f"model={model}", f"train.learning_rate={rate}"]
+        (sweep / f"seed={seed}" / "record.json").write_text(json.dumps(record | {"overrides": overrides}))
+    return sweep
+
+
+MEASURES = {
+    "passkey": PASSKEY,
+    "capacity": CAPACITY,
+    "perplexity": ["texts=[text.txt]", "device=cpu"],
+    "speed": ["lengths=[40]", "train_lengths=[]", "tokens=2", "repeats=1", "device=cpu"],
+}
+
+
+@pytest.mark.parametrize("command", MEASURES)
+def test_only_the_picked_runs_are_measured_where_that_is_asked(command, grid, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = [command, f"runs={grid}", *MEASURES[command], "output=mine"]
+    assert main([*asked, "picked=true"]) == 0, capsys.readouterr().err
+    found = {path.parts[-3]: path.read_bytes() for path in grid.rglob("mine/record.json")}
+    assert sorted(found) == ["seed=1", "seed=2"]
+    assert not any(json.loads(record)["config"]["picked"] for record in found.values())
+    # What picked them is not what they are: the others join them, and these stay.
+    assert main(asked) == 0
+    assert {path.parts[-3]: path.read_bytes() for path in grid.rglob("mine/record.json")}.items() > found.items()
+
+
+def test_runs_are_picked_by_what_the_report_was_told(grid):
+    done = []
+    measure_each(grid, "x", lambda model, output: done.append(output.parent.name), picked=True)
+    for seed, digits in enumerate((0.9, 0.1, 0.5)):
+        row = {"length": 8, "depth": 0.5, "samples": 4, "exact_match": 0.5, "digit_accuracy": digits}
+        (grid / f"seed={seed}" / "validation").mkdir()
+        record = {"schema": 1, "kind": "passkey", "command": "infini passkey", "config": {}, "rows": [row]}
+        (grid / f"seed={seed}" / "validation" / "record.json").write_text(json.dumps(record))
+    (grid / "sweep.json").write_text(json.dumps({"jobs": [], "report": {"pick": "validation/digit_accuracy"}}))
+    measure_each(grid, "x", lambda model, output: done.append(output.parent.name), picked=True)
+    assert done == ["seed=1", "seed=2", "seed=0", "seed=2"]
+
+
 def test_what_another_process_works_on_is_left_to_it(sweep):
     done = []
     (sweep / "seed=0" / "x").mkdir()
@@ -78,5 +124,7 @@ def test_a_folder_without_models_and_two_sources(tmp_path, capsys):
     with pytest.raises(InputError, match="there is no trained model in"):
         runs_below(tmp_path)
     for command in ("passkey", "capacity"):
+        assert main([command, "picked=true", "checkpoint=nowhere"]) == 2
+        assert "picked is true, but runs is null" in capsys.readouterr().err
         assert main([command, "runs=a", "checkpoint=b"]) == 2
         assert "checkpoint is b and runs is a: give one of them" in capsys.readouterr().err

@@ -15,10 +15,12 @@ from infini.cli import train
 from infini.cli.build import locate
 from infini.cli.compose import compose
 from infini.cli.sweep import combinations
+from infini.config import InfiniConfig
 
 CONF = Path(str(files("infini.conf")))
 TEXTS = f"task.texts=[{CONF}/train.yaml]"
-NEEDS = {"ablation": [], "head_to_head": [TEXTS, "train.steps=5", "train.warmup_steps=1"]}
+SHORT = [TEXTS, "train.steps=5", "train.warmup_steps=1"]
+NEEDS = {"ablation": [], "head_to_head": SHORT, "head_to_head_paper": SHORT}
 SEEDS_AND_RATES = 3 * 3
 
 
@@ -79,6 +81,26 @@ def test_head_to_head_is_equal_in_parameters_texts_tokens_and_window():
     assert first_source.segments * first_source.segment_length == built["model=full_row"][0].window == 4096
     assert {built[f"model={name}"][0].window for name in ("infini_long", "sliding", "gated_deltanet")} == {512}
     assert {built[f"model={name}"][0].memory_length for name in ("transformer_xl_equal", "memorizing")} == {512}
+
+
+def test_the_papers_rows_join_the_head_to_head_in_all_but_the_model():
+    rows = rows_of("head_to_head_paper")
+    assert len(jobs_of("head_to_head_paper")) == len(rows) * SEEDS_AND_RATES and not rows.keys() & rows_of("head_to_head").keys()
+    configs = {row.removeprefix("model="): compose("train", ["sweep=head_to_head_paper", *SHORT, *job]) for row, job in rows.items()}
+    long = compose("train", ["sweep=head_to_head", *SHORT, *rows_of("head_to_head")["model=infini_long"]])
+    sizes = [parameters(config) for config in (*configs.values(), long)]
+    assert len(sizes) == 4 and max(sizes) < 1.01 * min(sizes)
+    for config in configs.values():
+        assert {key: value for key, value in config.items() if key != "model"} == {key: value for key, value in long.items() if key != "model"}
+
+    built = {name: train.read(config)[0] for name, config in configs.items()}
+    for name, rule in (("infini_paper", "linear"), ("infini_paper_delta", "delta")):
+        assert built[name] == InfiniConfig.paper(segment_length=512, update_rule=rule)
+    assert (built["memorizing_65k"].memory_size, built["memorizing_65k"].memory_length) == (65536, 512)
+    # The goal of the comparison: a hundredth of what the Memorizing Transformer carries over a border of a long book.
+    with torch.device("meta"):
+        carried = {name: locate(configs[name]["model"]["_model_"])(config).carried(512 * 1000).numbers for name, config in built.items()}
+    assert carried["memorizing_65k"] > 250 * carried["infini_paper"] == 250 * carried["infini_paper_delta"]
 
 
 def test_side_by_side_is_a_job_a_gpu(monkeypatch):

@@ -170,6 +170,68 @@ def test_state_bytes_are_the_formula(subject):
         assert session.state_bytes == model.state_bytes(10_000)
 
 
+@pytest.mark.parametrize("border", [6, 18])
+def test_what_crosses_a_border_is_declared(subject, border):
+    """A declared number is one that some text sets and some next segment reads: each is moved alone, and no other matters."""
+    model, rows = subject.model, 4
+    declared, crosses = model.carried(border), {}
+    for name, parameter in model.named_parameters():
+        if name.endswith("key_bias"):  # so sparse that some features are those of no token
+            parameter.zero_()
+    for attempt in range(20):  # sparse features and retrieval read little at a time; what is found already is not tried again
+        following = torch.randint(40, (rows, 6))
+        _, state = model(torch.randint(40, (rows, border)))
+        fresh, (plain, _) = dict(enumerate(numbers(model.init_state(rows)))), model(following, state)
+        for i, held in enumerate(numbers(state)):
+            known = crosses.setdefault(i, torch.zeros(held[0].numel(), dtype=torch.bool))
+            begun = fresh[i] if i in fresh and fresh[i].shape == held.shape else torch.full_like(held, -1)
+            places = ((held != begun).any(0).flatten() & ~known).nonzero().flatten()
+            for part in places.split(64) if len(places) else ():
+                copies = nudged(state.select(torch.arange(rows).repeat(len(part))), i, part.repeat_interleave(rows))
+                moved = model(following.repeat(len(part), 1), copies)[0] - plain.repeat(len(part), 1, 1)
+                known[part] = (moved.abs().amax((1, 2)) > 1e-7).unflatten(0, (-1, rows)).any(1)
+        found = {i: int(known.sum()) for i, known in crosses.items()}
+        if attempt and sum(found.values()) >= declared.numbers:
+            break
+    sizes = [held.element_size() for held in numbers(state)]
+    assert declared == (sum(found.values()), sum(sizes[i] * count for i, count in found.items()))
+
+
+def numbers(state):
+    """Its tensors but for masks and counters, which say where a row stands."""
+    found = []
+    mapped(state)(lambda x: found.append(x) or x)
+    return [x for x in found if x.dtype != torch.bool]
+
+
+def nudged(state, which, place):
+    """The state with one number of its tensor `which` changed, in each row the one at `place` `[rows]`."""
+    count = iter(range(10**6))
+
+    def change(x):
+        if x.dtype == torch.bool or next(count) != which:
+            return x
+        flat = x.flatten(1).clone()
+        flat[torch.arange(len(x)), place] += 1
+        return flat.view_as(x) if x.is_floating_point() else flat.view_as(x) % 40
+
+    return mapped(state)(change)
+
+
+def mapped(state):
+    return getattr(state, "_map", None) or state._mapped
+
+
+def test_decoding_holds_no_more_than_is_declared(subject):
+    """The state with an open segment, at every token of two segments: its peak is that of the last one."""
+    session = StreamingSession(subject.model)
+    session.feed(torch.randint(40, (12,)))
+    held = []
+    for _ in session.generate(12):
+        held.append(session.state_bytes)
+    assert max(held) <= subject.model.state_bytes(24) and subject.model.carried(24).bytes <= subject.model.state_bytes(24)
+
+
 def test_a_session_equals_one_call(subject, tokens):
     whole, _ = subject.model(tokens)
     session, steps = StreamingSession(subject.model, BATCH, piece=5), StreamingSession(subject.model, BATCH)

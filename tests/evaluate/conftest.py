@@ -6,6 +6,14 @@ import torch
 pytest.importorskip("lm_eval")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def machine_not_described():
+    """lm-eval asks pip and a dozen other programs about the machine after every run, which takes longer than the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "not asked for")
+        yield
+
+
 @pytest.fixture(scope="session")
 def transformer():
     from infini import InfiniConfig, InfiniTransformer

@@ -160,3 +160,5 @@ def test_reading_never_makes_the_host_wait(variant):
         session.feed(text)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    narrow = StreamingSession(model, batch_size=2, piece=256, state=session.state)
+    assert torch.equal(narrow.feed(text.to(torch.uint8)), session.feed(text))

@@ -192,6 +192,9 @@ def test_what_is_not_there_is_refused(tokens):
         model(tokens, memory=False)
     with pytest.raises(InputError, match="token ids must be 0 to 256, got 0 to 257"):
         model(torch.tensor([[0, 257]]))
+    # 0 and 1 for a mask: `~` of it is no mask, and every token would count.
+    with pytest.raises(InputError, match=r"padding is torch\.int64 \[2, 40\]; it must be bool"):
+        model(tokens, padding=torch.zeros_like(tokens))
 
 
 def test_a_model_with_another_state_is_refused():

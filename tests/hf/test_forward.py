@@ -130,6 +130,9 @@ def test_gradients_are_those_of_the_transformer_with_recomputation_too(model, id
         ({"input_ids": None}, "input_ids are missing"),
         ({"input_ids": [0, 1, 2, 256]}, "token id 256 is outside the vocabulary"),
         ({"output_attentions": True}, "output_attentions is True"),
+        ({"logits_to_keep": -1}, "logits_to_keep is -1; give 0 for all columns"),
+        ({"logits_to_keep": torch.tensor([4])}, r"logits_to_keep is tensor\(\[4\]\); columns are integers from -4 to 3"),
+        ({"logits_to_keep": torch.tensor([True, False, True, True])}, "columns are integers from -4 to 3"),
         ({"past_key_values": "a string"}, "past_key_values is a str"),
     ],
 )

@@ -45,13 +45,26 @@ def test_matrices_in_16_bit_vectors_as_they_are(tmp_path):
     model.save_pretrained(tmp_path, dtype=torch.float16)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["blocks.0.attention.q_proj.weight"].dtype == torch.float16
-    for name in ("attention.beta", "attention.write_gate.weight", "mlp_norm.weight"):
+    scales = ("query_scale", "query_bias", "key_scale", "key_bias")
+    for name in ("attention.beta", "attention.write_gate.weight", "mlp_norm.weight", *(f"attention.{scale}" for scale in scales)):
         assert stored[f"blocks.0.{name}"].dtype == torch.float32, name
     loaded = InfiniTransformer.from_pretrained(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert {p.dtype for p in infini.load(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     tokens = torch.randint(20, (2, 15))
     assert torch.allclose(loaded(tokens)[0], model(tokens)[0], atol=1e-2)
+
+
+def test_a_dtype_that_spoils_weights_is_refused(tmp_path):
+    model = make()
+    with pytest.raises(InputError, match=r"dtype is torch\.int8; weights can be saved in floats only"):
+        model.save_pretrained(tmp_path, dtype=torch.int8)  # which would write zeros
+    with torch.no_grad():
+        model.blocks[0].mlp.up_proj.weight[0, 0] = 1e5
+    with pytest.raises(InputError, match=r"blocks\.0\.mlp\.up_proj\.weight has numbers too large for torch\.float16"):
+        model.save_pretrained(tmp_path, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16)
 
 
 def refused(folder, message):
@@ -100,6 +113,7 @@ def change_config(folder, **changes):
         ({"write_gate": False}, r"another configuration: missing \[\], unexpected .*write_gate"),
         ({"colour": "red"}, r"unknown fields \['colour'\]; known are"),
         ({"update_rule": "hebb"}, "update_rule is 'hebb'; it must be one of linear, delta"),
+        ({"gate_when_empty": "false"}, "gate_when_empty is 'false'; it must be true or false"),
         ({"model_type": "llama"}, "does not describe a model of this library"),
         ({"format": "infini-9"}, "has format 'infini-9'; this version reads 'infini-1'"),
     ],

@@ -48,6 +48,17 @@ def test_a_configuration_survives_its_dictionary():
         ({"window": 600}, "window is 600; it must be None"),
         ({"short_conv": -1}, "short_conv is -1; it must be 0 or more tokens"),
         ({"local_attention": "sliding", "window": 100}, "window is 100; it must be at least segment_length = 512"),
+        # Values that Python would carry along: "no" is true, 2 gates cost twice the bytes, and positions become NaN.
+        ({"write_gate": "no"}, "write_gate is 'no'; it must be true or false"),
+        ({"qk_norm": 2}, "qk_norm is 2; it must be true or false"),
+        ({"segment_length": 64.5}, "segment_length is 64.5; it must be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be a whole number"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; it must be a whole number"),
+        ({"memory_layers": (0.5,)}, r"memory_layers is \(0\.5,\); it must be a list, each a whole number or null"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be greater than 0"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; it must be a number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it must be greater than 0"),
+        ({"initializer_range": -0.1}, "initializer_range is -0.1; it must be 0 or more"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
@@ -110,6 +121,12 @@ def test_initial_sizes():
         (torch.tensor([1, 2]), {}, r"they must be integers \[batch, tokens\]"),
         (torch.tensor([[1.0]]), {}, "tokens are torch.float32"),
         (torch.zeros(1, 0, dtype=torch.long), {}, "at least one row and one token"),
+        ([[1, 2]], {}, "tokens are a list; they must be a tensor"),
+        (torch.zeros(1, 2, dtype=torch.uint8), {}, r"tokens are torch\.uint8 \[1, 2\]; they must be integers \[batch, tokens\], int64 or int32"),
+        (torch.zeros(1, 2, dtype=torch.bool), {}, "tokens are torch.bool"),
+        (torch.tensor([[1, 2]]), {"targets": torch.tensor([[1, -100]])}, "target id -100 is outside the vocabulary, 0 to 19"),
+        (torch.tensor([[1, 2]]), {"targets": torch.tensor([[1.0, 2.0]])}, "targets are torch.float32"),
+        (torch.tensor([[1, 2]]), {"padding": [[False, True]]}, r"padding is a list; it must be a tensor, bool \[1, 2\]"),
         (torch.tensor([[1, 2]]), {"keep": "some"}, "keep is 'some'; choose one of all, last, none"),
         (torch.tensor([[1, 2]]), {"reset": torch.tensor([True])}, r"reset is torch\.bool \[1\]; it must be bool \[1, 2\]"),
         (torch.tensor([[1, 2]]), {"padding": torch.tensor([[0, 1]])}, r"padding is torch\.int64"),
@@ -119,11 +136,35 @@ def test_initial_sizes():
             "reset is True at a padding",
         ),
     ],
-    ids=["high", "negative", "one-axis", "float", "nothing", "keep", "reset-shape", "padding-dtype", "reset-at-padding"],
 )
 def test_bad_calls_are_refused(tokens, keywords, message):
     with pytest.raises(InputError, match=message):
         make()(tokens, **keywords)
+
+
+@torch.no_grad()
+def test_what_stands_at_padding_is_no_target():
+    model, tokens, targets = make(), torch.randint(20, (2, 9)), torch.randint(20, (2, 9))
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    padding[0, :3] = True
+    expected, _ = model(tokens, targets=targets, padding=padding)
+    for other in (-100, -1, 20):
+        found, _ = model(tokens, targets=targets.masked_fill(padding, other).int(), padding=padding)
+        assert torch.equal(found, expected)
+    model.loss_tokens = 0
+    with pytest.raises(InputError, match=r"logits of 0 tokens at a time \(loss_tokens\) cannot give a loss"):
+        model(tokens, targets=targets)
+
+
+@torch.no_grad()
+def test_what_stands_at_padding_is_in_no_statistic():
+    model, tokens, found = make(write_gate=True), torch.randint(20, (2, 15)), []
+    padding = torch.arange(15) >= torch.tensor([15, 8])[:, None]
+    for other in (tokens, torch.where(padding, (tokens + 7) % 20, tokens)):
+        model(other, padding=padding, trace=(trace := {}))
+        found.append(trace["layers"])
+    for one, same in zip(*found, strict=True):
+        assert all(torch.equal(one[name], same[name]) for name in one)
 
 
 @torch.no_grad()

@@ -89,9 +89,10 @@ NEGATIVE = (ROOT / "results/NEGATIVE.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("source", "cells"), re.findall(r"^\| \[[^]]*\]\((\S+)\.md\) \|((?: *(?:\d+ of \d+)? \|)+)$", NEGATIVE, re.M)
+    ("source", "cells"),
+    re.findall(r"^\| \[[^]]*\]\((?:results/)?(\S+)\.md\) \|((?: *(?:\d+ of \d+)? \|)+)$", NEGATIVE + README, re.M),
 )
-def test_what_did_not_work_is_told_with_the_numbers_of_its_records(source, cells):
+def test_needles_are_told_with_the_numbers_of_their_records(source, cells):
     rows = read(f"results/{source}.json")["rows"]
     lengths = sorted({row["length"] for row in rows})
     told = [cell.strip() for cell in cells.split("|")]
@@ -101,3 +102,46 @@ def test_what_did_not_work_is_told_with_the_numbers_of_its_records(source, cells
 def test_what_is_said_of_books_is_the_record():
     rows = read("results/passkey_bytes_12m/untrained/natural_text/record.json")["rows"]
     assert f"it finds {right_of(rows)} keys up to {max(row['length'] for row in rows):,} tokens" in README
+
+
+BENCHMARKS = "results/benchmarks/h200"
+
+
+def row_of(source: str, **wanted) -> dict:
+    (row,) = [row for row in read(source)["rows"] if all(row.get(key) == value for key, value in wanted.items())]
+    return row
+
+
+def test_speed_is_that_of_the_records():
+    layer = [row_of(f"{BENCHMARKS}/layer/record.json", what="Infini-attention", rule=rule, direction=direction)["ratio"]
+             for direction in ("forward", "forward + backward") for rule in ("linear", "delta")]  # fmt: skip
+    assert "| {:.2f}, {:.2f} |".format(*layer[:2]) in README and "| {:.2f}, {:.2f} |".format(*layer[2:]) in README
+    memory = row_of(f"{BENCHMARKS}/layer/record.json", what="memory part", rule="linear", direction="forward")
+    assert f"| {memory['floor_ratio']:.2f} |" in README and f"takes {memory['floor_ratio']:.2f} times the floor" in README
+    slow = row_of(f"{BENCHMARKS}/layer/record.json", what="memory part", rule="deltanet", direction="forward")
+    assert f"that of `deltanet` {slow['floor_ratio']:.0f} times" in README
+    whole = row_of(f"{BENCHMARKS}/full/record.json", what="Infini-attention", tokens=2**20)
+    assert f"| {1 / whole['ratio']:.0f} |" in README
+    step = row_of(f"{BENCHMARKS}/step/record.json", what="training step", rule="linear", compiled=True)
+    assert f"| {1 / step['ratio']:.2f}; {step['flop_utilization']:.0%} |".replace("%", " %") in README
+    shipped = [row_of(f"{BENCHMARKS}/memory/record.json", what=what, backend="triton")["ratio"] for what in ("training step", "reading")]
+    assert "| {:.2f}, {:.2f} |".format(*(1 / ratio for ratio in shipped)) in README
+
+
+def test_decoding_is_that_of_the_record():
+    first, last = (row_of("results/decode/record.json", model="infini", path="graph", context=n) for n in (4096, 2**20))
+    assert f"| {last['milliseconds'] / first['milliseconds']:.2f}; {last['milliseconds']:.2f} |" in README
+    plain = [row_of("results/decode/record.json", model="plain", path="graph", context=n)["milliseconds"] for n in (4096, 131072, 2**20)]
+    assert "in {:.2f} ms after 4,096, in {:.2f} ms after 131,072 and in {:.2f} ms".format(*plain) in README
+
+
+def test_how_far_the_training_with_other_needles_reached_is_its_record():
+    metrics = read("results/passkey_mixed_12m_conv/training/record.json")["metrics"]
+    assert f"gradients through at most {metrics['gradient_tokens']:,} tokens, states of up to {metrics['text_tokens']:,} tokens seen" in README
+    assert f"trained for {metrics['seconds'] / 60:.0f} minutes" in README
+
+
+def test_a_million_tokens_are_read_as_fast_as_fewer():
+    rows = read("results/passkey_mixed_12m_conv/natural_text/record.json")["rows"]
+    rate = {n: max(row["tokens_per_second"] for row in rows if row["length"] == n) / 1e6 for n in (131072, 2**20)}
+    assert f"read at {rate[2**20]:.1f}M tokens/s" in README and rate[2**20] > 0.98 * rate[131072]

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import time
 
 import pytest
@@ -18,14 +19,15 @@ def made(**results):
     return make_record("passkey", **asked, started=time.time(), **results)
 
 
-def test_it_names_command_commit_config_data_seeds_machine_and_versions():
+def test_it_names_command_commit_config_data_seeds_machine_and_versions(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "/venv/bin/infini", "passkey", "lengths=[320, 512]"])
     record = made(rows=[{"length": 1}])
     assert record["config"] == {"a": 1} and record["data"] == {"x": "y"} and record["seeds"] == {"prompts": 3}
     assert record["rows"] == [{"length": 1}]
     assert record["machine"]["cores"] == len(os.sched_getaffinity(0))
     assert record["machine"]["memory_bytes"] > 2**28
     assert {"python", "torch", "numpy", "infini-attention"} <= record["versions"].keys()
-    assert "pytest" in record["command"]
+    assert record["command"] == "infini passkey 'lengths=[320, 512]'"
     assert record["seconds"] >= 0
     assert json.loads(json.dumps(record)) == record
 

@@ -26,6 +26,9 @@ PROVENANCE = {
 }
 
 
+CARRIED = {"carried_numbers": 1_585_152, "carried_bytes": 3 * 2**20, "state_bytes": 2**21 * 5}
+
+
 def train(folder, *overrides, loss, **metrics):
     """A finished job, its training record and the note."""
     found = {"steps": 10, "tokens": 1000, "parameters": 77, "token_loss": math.log(2) * loss, "answer_loss": None, "loss": loss}
@@ -48,7 +51,7 @@ def passkey(folder, *rows):
 def perplexity(folder, **documents):
     """Documents by name: nll, bytes."""
     rows = [
-        {"document": name, "tokens": 10, "words": 4, "bytes": size, "nll": nll, "nll_without_memory": None, "state_bytes": 1, "by_position": []}
+        {"document": name, "tokens": 10, "words": 4, "bytes": size, "nll": nll, "nll_without_memory": None, **CARRIED, "by_position": []}
         for name, (nll, size) in documents.items()
     ]
     write_record(PROVENANCE | {"kind": "perplexity", "command": "infini perplexity", "config": {}, "rows": rows}, folder / "record.json")
@@ -159,7 +162,7 @@ def test_perplexities_are_compared_document_by_document(tmp_path):
         perplexity(tmp_path / f"b{seed}" / "books", y=((10 + more) * bit, 10), x=((80 + 4 * more) * bit, 40))
     text = sweep_tables(gather(tmp_path))
     # a: 90 bits of 50 bytes. b: x 8 more of 40, y 2 more of 10: 0.2 bits a byte, in every draw of documents.
-    assert line(text, "a", "2 of 2", "2")[2:] == ["2", "22.63 ± 0", "2435 ± 0", "1.8 ± 0", "0.00", "-", "-"]
+    assert line(text, "a", "2 of 2", "2")[2:] == ["2", "22.63 ± 0", "2435 ± 0", "1.8 ± 0", "1,585,152", "3.00", "10.00", "-", "-"]
     assert line(text, "b", "2 of 2", "2")[-2:] == ["+0.2000", "+0.2000 to +0.2000"]
     assert line(sweep_tables(gather(tmp_path), against="b"), "a", "2 of 2", "2")[-2:] == ["-0.2000", "-0.2000 to -0.2000"]
     with pytest.raises(InputError, match="against is 'c', but the rows are a, b"):
@@ -230,7 +233,7 @@ def test_perplexity_is_drawn_by_position_and_as_a_difference(tmp_path):
             train(tmp_path / f"{name}{seed}", f"model={name}", f"seed={seed}", loss=1.0)
             cells = [(1, 1, 9.0), (512, 512, 512 * 2.0), (1024, 1000, 1000 * (3.0 + extra))]
             buckets = [{"from": start, "tokens": tokens, "nll": nll, "nll_without_memory": None} for start, tokens, nll in cells]
-            row = {"document": "x", "tokens": 10, "words": 4, "bytes": 9, "nll": 1.0, "nll_without_memory": None, "state_bytes": 1}
+            row = {"document": "x", "tokens": 10, "words": 4, "bytes": 9, "nll": 1.0, "nll_without_memory": None, **CARRIED}
             record = PROVENANCE | {"kind": "perplexity", "command": "infini perplexity", "config": {}, "rows": [row | {"by_position": buckets}]}
             write_record(record, tmp_path / f"{name}{seed}" / "books" / "record.json")
     levels, difference = _panels(gather(tmp_path), "books", None)

@@ -215,7 +215,7 @@ SABOTAGES = {
         [f"{STREAM}stop_ids_end_each_row_and_then_all"],
     ),
     "restored-without-its-logits": (
-        [(SESSION, 'session._logits = rest["logits"].to(device) if "logits" in rest else None', 'session._logits = 0 * rest["logits"]')],
+        [(SESSION, "session._logits, session._known = logits", "session._logits, session._known = 0 * logits")],
         [f"{STREAM}a_session_can_stop_between_tokens"],
     ),
     "reset-spares-the-memory": (

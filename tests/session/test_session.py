@@ -1,8 +1,12 @@
 """Sessions: reading in pieces, writing on, going on from a file, and what they refuse."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from infini import InfiniConfig, InfiniTransformer, InputError, StreamingSession
 from infini.session import choose_token
@@ -76,9 +80,37 @@ def test_pieces_and_progress(model):
     assert not session.feed([1]).requires_grad
 
 
+def test_between_two_pieces_nothing_as_long_as_a_piece_is_computed():
+    """Otherwise torch's threads are woken for each piece, and on a busy machine a GPU waits for them."""
+
+    class Computed(TorchDispatchMode):
+        sizes = ()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            found = op(*args, **(kwargs or {}))
+            if op is not torch.ops.aten.slice.Tensor:  # a view
+                self.sizes += (max(x.numel() for x in tree_leaves((args, found)) if isinstance(x, torch.Tensor)),)
+            return found
+
+    class Instant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.weight = SimpleNamespace(vocab_size=256), torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens, state, **options):
+            return torch.zeros(len(tokens), 1, 256), state
+
+    state = SimpleNamespace(batch_size=3, tokens_seen=torch.zeros(3, dtype=torch.long))
+    session, text = StreamingSession(Instant(), state=state, piece=1000), torch.zeros(3, 8000, dtype=torch.long)
+    with Computed() as computed:
+        session.feed(text)
+    assert sum(size >= 3 * 1000 for size in computed.sizes) == 1  # the range of the whole text, once
+
+
 def test_lists_arrays_and_narrow_integers_are_the_same(model):
     expected = StreamingSession(model).feed(PROMPT)
-    for ids in (torch.tensor(PROMPT), torch.tensor([PROMPT]), torch.tensor(PROMPT, dtype=torch.uint8), torch.tensor(PROMPT).numpy()):
+    narrow = [torch.tensor(PROMPT, dtype=dtype) for dtype in (torch.uint8, torch.int16, torch.uint16, torch.uint32)]
+    for ids in (torch.tensor(PROMPT), torch.tensor([PROMPT]), torch.tensor(PROMPT).numpy(), *narrow):
         assert torch.equal(StreamingSession(model).feed(ids), expected)
 
 
@@ -173,6 +205,9 @@ def test_sampling_is_repeatable(model):
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"temperature": float("nan")}, "temperature nan; neither may be negative"),
+        ({"stop_ids": [20]}, r"stop_ids are \[20\]; no row would ever yield what is no id from 0 to 19"),
+        ({"stop_ids": [1.5]}, r"stop_ids are \[1\.5\]"),
     ],
 )
 def test_settings_out_of_range_are_refused(model, settings, message):
@@ -193,6 +228,8 @@ def test_bad_text_is_refused_and_the_session_lives_on(model):
         ([3, 20], "from 3 to 20; they must be integers from 0 to 19"),
         ([-1], "from -1 to -1"),
         (torch.tensor([0.5]), "torch.float32"),
+        ([float("nan")], "ids are torch.float32; they must be integers from 0 to 19"),
+        (torch.tensor([True]), "ids are torch.bool"),
         (torch.zeros(2, 3, dtype=torch.long), r"this session has 1 rows"),
         (torch.zeros(1, 1, 3, dtype=torch.long), r"\[batch, tokens\]"),
     ):
@@ -203,6 +240,10 @@ def test_bad_text_is_refused_and_the_session_lives_on(model):
     assert session.state is before and session.tokens_seen == 14
     with pytest.raises(InputError, match="piece is 0"):
         StreamingSession(model, piece=0)
+    with pytest.raises(InputError, match="batch_size is 0; a session needs at least 1 stream"):
+        StreamingSession(model, batch_size=0)
+    with pytest.raises(InputError, match="batch_size is 3, but the state has 2 rows"):
+        StreamingSession(model, batch_size=3, state=model.init_state(2))
 
 
 def test_damaged_or_foreign_files_are_refused(model, tmp_path):
@@ -227,3 +268,39 @@ def test_an_unfed_session_is_saved_too(model, tmp_path):
     StreamingSession(model).save(tmp_path / "s")
     restored = StreamingSession.restore(tmp_path / "s", model)
     assert torch.equal(restored.feed(PROMPT), StreamingSession(model).feed(PROMPT))
+
+
+@pytest.mark.parametrize("decode", ["eager", "auto"])
+def test_a_row_that_read_nothing_here_is_not_continued(model, decode, tmp_path):
+    """Its logits are unknown, also where its state has read: nothing may be made up for it."""
+    with torch.no_grad():
+        _, state = model(torch.tensor([PROMPT, PROMPT[::-1]]))
+    second_alone = torch.tensor([[True, True], [False, False]])
+    for session in (StreamingSession(model, batch_size=2), StreamingSession(model, state=state)):
+        logits = session.feed(torch.tensor([[0, 0], [4, 4]]), second_alone)
+        assert logits[0].isnan().all() and torch.isfinite(logits[1]).all()
+        session.save(tmp_path / "s")
+        for each in (session, StreamingSession.restore(tmp_path / "s", model)):
+            with pytest.raises(InputError, match=r"nothing was fed to rows \[0\] of this session"):
+                each.generate(3, decode=decode)
+            each.feed(torch.tensor([[7], [7]]), torch.tensor([[False], [True]]))
+            assert len(list(each.generate(3, decode=decode))) == 3
+
+
+def test_files_of_two_saves_are_not_one_session(model, tmp_path, monkeypatch):
+    """The state is written first; where the second file fails, the old one beside it is of another text."""
+    session = StreamingSession(model)
+    session.feed(PROMPT)
+    session.save(tmp_path / "s")
+    session.feed([1])
+
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("infini.session.write_tensors", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        session.save(tmp_path / "s")
+    with pytest.raises(InputError, match=r"s\.next is not of the same save as .*go on from the state alone"):
+        StreamingSession.restore(tmp_path / "s", model)
+    alone = StreamingSession(model, state=type(session.state).load(tmp_path / "s"))
+    assert torch.equal(alone.feed([2]), session.feed([2]))

@@ -225,3 +225,20 @@ def test_what_cannot_be_captured_is_refused_or_told(caplog):
     step = TokenStep(model, model.init_state(1), capture=False)
     with pytest.raises(InputError, match="the state has 2 rows"):
         step.load(model.init_state(2))
+
+
+@torch.no_grad()
+def test_what_would_be_rounded_or_copied_to_every_row_is_refused():
+    """As the model's ordinary call refuses it."""
+    model, exact = build("paper-linear").float(), build("paper-linear")
+    with pytest.raises(InputError, match=r"the state's memory is torch\.float64; this model needs torch\.float32"):
+        TokenStep(model, exact.init_state(2), capture=False)
+    step = TokenStep(model, model.init_state(2), capture=False)
+    for given, message in (
+        ([torch.tensor([1])], r"tokens are torch\.int64 \[1\]; this step takes torch\.int64 \[2\]"),
+        ([torch.tensor([1.5, 2.0])], r"tokens are torch\.float32"),
+        ([torch.tensor([1, 2]), torch.tensor([True])], r"active are torch\.bool \[1\]"),
+        ([torch.tensor([1, 2]), torch.tensor([1, 0])], r"active are torch\.int64 \[2\]; this step takes torch\.bool"),
+    ):
+        with pytest.raises(InputError, match=message):
+            step.step(*given)

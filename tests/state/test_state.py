@@ -160,3 +160,36 @@ def test_a_state_of_another_model_batch_or_dtype_is_refused():
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         with pytest.raises(InputError, match=r"memory is torch\.\w+; this model needs torch\.float32"):
             model(tokens, state._map(lambda x, dtype=dtype: x.to(dtype)))
+
+
+@pytest.mark.parametrize("lost", ["0.keys", "empty", "1.", "1.matrix", "every"])
+def test_a_file_that_lost_tensors_is_refused(lost, tmp_path):
+    """A layer without its memory would begin with an empty one."""
+    model = make("paper")
+    with torch.no_grad():
+        _, state = model(torch.randint(20, (2, 16)))
+    state.save(tmp_path / "state")
+    whole = load_file(tmp_path / "state")
+    # What belongs to a memory goes with it.
+    gone = {"1.matrix": ("1.matrix", "1.normalizer"), "every": ("0.", "1.")}.get(lost, (lost,))
+    save_file({name: x for name, x in whole.items() if not name.startswith(gone)}, tmp_path / "state", {"format": state.format, "shape": state.shape})
+    with pytest.raises(InputError, match="is damaged, tensors are missing|has lost layers or memories"):
+        model(torch.randint(20, (2, 4)), InfiniState.load(tmp_path / "state"))
+
+
+def test_files_whose_tensors_do_not_fit_together_are_refused(state, tmp_path):
+    state.save(tmp_path / "state")
+    whole, metadata = load_file(tmp_path / "state"), {"format": state.format, "shape": state.shape}
+    for changes, message in (
+        ({"0.matrix": whole["0.matrix"][:1]}, "damaged.*rows differ"),
+        ({"tokens_seen": whole["tokens_seen"].float()}, r"damaged.*tokens_seen is torch\.float32"),
+    ):
+        save_file(whole | changes, tmp_path / "other", metadata)
+        with pytest.raises(InputError, match=message):
+            InfiniState.load(tmp_path / "other")
+
+
+def test_select_wants_indices_of_rows(state):
+    for rows in (torch.tensor([3]), torch.tensor([-1]), torch.tensor([True, False, True]), torch.tensor([[0]])):
+        with pytest.raises(InputError, match="it takes indices of rows, int64 from 0 to 2"):
+            state.select(rows)

@@ -1,7 +1,9 @@
 import json
+import time
 
 import pytest
 import torch
+from infini.tasks.passkey import benchmark
 from infini.tasks.passkey.benchmark import PasskeyBenchmark, run
 from infini.tasks.passkey.keys import is_held_out
 from infini.tasks.passkey.score import first_integer, right_digits
@@ -92,6 +94,26 @@ def test_depths_can_differ_between_lengths(oracle, tokenizer, tmp_path):
     assert [(row["length"], row["depth"]) for row in rows] == [(300, 0.0), (300, 1.0), (500, 0.5)]
 
 
+def test_the_clock_runs_while_prompts_are_read_and_not_besides(oracle, tokenizer, tmp_path, monkeypatch):
+    model, slow = oracle(), 0.3
+    forward, build = model.forward, benchmark.build_prompt
+
+    def waits(tokens, *args, **kwargs):
+        time.sleep(slow if model.calls < 2 else slow / 10)
+        return forward(tokens, *args, **kwargs)
+
+    def builds(*given):
+        time.sleep(slow)
+        return build(*given)
+
+    model.forward = waits
+    monkeypatch.setattr(benchmark, "build_prompt", builds)
+    settings = PasskeyBenchmark(lengths=(500,), depths=(0.5,), samples=2, batch_size=2, piece=100)
+    (row,) = run(model, tokenizer, settings, tmp_path)
+    assert 5 * slow / 10 <= row["seconds"] < slow  # five pieces, without the first calls of all, prompts, and ten calls to write
+    assert row["tokens_per_second"] == pytest.approx(1000 / row["seconds"])
+
+
 class StoppedByUser(KeyboardInterrupt):
     pass
 
@@ -99,10 +121,10 @@ class StoppedByUser(KeyboardInterrupt):
 def test_an_interrupted_run_keeps_its_cells_and_does_only_the_rest(oracle, tokenizer, tmp_path):
     settings = PasskeyBenchmark(**SMALL)
     model = oracle()
-    forward, calls_per_cell = model.forward, 3 * (3 + 10)  # 300 tokens in pieces of 100, 10 written
+    forward, warm_up, calls_per_cell = model.forward, 2, 3 * (3 + 10)  # 300 tokens in pieces of 100, 10 written
 
     def stops(*args, **kwargs):
-        if model.calls == calls_per_cell + 5:
+        if model.calls == warm_up + calls_per_cell + 5:
             raise StoppedByUser
         return forward(*args, **kwargs)
 
@@ -115,7 +137,7 @@ def test_an_interrupted_run_keeps_its_cells_and_does_only_the_rest(oracle, token
     model.forward, model.calls = forward, 0
     rows = run(model, tokenizer, settings, tmp_path)
     assert len(rows) == 6
-    assert model.calls == 2 * calls_per_cell + 3 * 3 * (5 + 10)  # not the first cell
+    assert model.calls == warm_up + 2 * calls_per_cell + 3 * 3 * (5 + 10)  # not the first cell
     assert rows[0] == first["300-0.json"]["row"]
 
     model.calls = 0

@@ -49,7 +49,7 @@ def test_all_is_said_before_the_gap_and_asked_after_it(segment_length):
     for step in range(60):
         batch = source[step]
         for before, _, after, answer in texts(batch):
-            (key,) = set(re.findall(ASKED, after))
+            *keys, key = re.findall(ASKED, after)  # the last is the needle's, those on the way may be decoys'
             assert re.search(ASKED, before) is None
             said = [text for text in re.findall(SAID, before) if key in text]
             assert len(said) == 1
@@ -62,7 +62,7 @@ def test_all_is_said_before_the_gap_and_asked_after_it(segment_length):
             assert marks.min() > len(before)
             row = before + after
             answered = bytes(row[i] for i in marks)
-            assert answered in (key + b".") * (len(marks) // len(key) + 1) and answered.startswith(key)
+            assert b"".join(one + b"." for one in [*keys, key]).startswith(answered) and len(answered) >= len(key)
             end = re.search(rb".*" + ASKED, row, re.DOTALL).end(1) - len(key) - 1
             assert end >= (batch.segments - 1) * segment_length  # the last question, in the last segment
     assert kinds == {(1, False), (2, False), (4, False), (8, False), (1, True)}

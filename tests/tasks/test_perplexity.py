@@ -131,6 +131,7 @@ def test_rows_and_formulas_by_hand(folder):
         assert sum(cell["nll"] for cell in row["by_position"]) == pytest.approx(row["nll"], rel=1e-12)
         assert sum(cell["tokens"] for cell in row["by_position"]) == row["tokens"]
         assert row["state_bytes"] == uniform().state_bytes(row["tokens"])
+        assert row["carried_numbers"] == 8 * 8 + 8 and row["carried_bytes"] == 4 * 72  # M and z of one head
     found = summary(rows)
     assert found["token_perplexity"] == pytest.approx(256, rel=1e-6) == found["token_perplexity_without_memory"]
     # 125 tokens of 8 bits stand for 22 words and 127 bytes.
@@ -175,7 +176,7 @@ def test_the_memory_is_knocked_out_only_where_that_is_asked_for_and_known(folder
         def __init__(self):
             super().__init__()
             self.inner = uniform()
-            self.config, self.state_bytes = self.inner.config, self.inner.state_bytes
+            self.config, self.state_bytes, self.carried = self.inner.config, self.inner.state_bytes, self.inner.carried
 
         def forward(self, tokens, state=None, *, keep="all"):
             return self.inner(tokens, state, keep=keep)

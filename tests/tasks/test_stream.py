@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from infini.tasks.perplexity.benchmark import PerplexitySettings, run
 from infini.tasks.stream import DocumentStream
 from infini.tasks.text_files import read_texts
 
@@ -15,6 +16,7 @@ from infini.data.bpe import train_bpe
 from infini.data.documents import read_documents
 from infini.data.tokenizer import open_tokenizer
 from infini.errors import InputError
+from infini.report.perplexity import summary
 from infini.train import TrainSettings, train
 
 
@@ -202,6 +204,102 @@ def test_the_command_trains_on_documents(folder, tmp_path, capsys):
     assert main([*arguments, "~task.min_segments", "~task.max_segments", "~task.tokens_per_batch", f"output={tmp_path}/run"]) == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["data"]["class"] == "infini.tasks.stream.DocumentStream"
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, segment_length=8)
+    return InfiniTransformer(InfiniConfig.long(**shape | changes))
+
+
+@pytest.fixture
+def held_out(folder, tmp_path):
+    """Two documents that no row learns from."""
+    for name, size in (("a", 150), ("b", 33)):
+        (tmp_path / "held").mkdir(exist_ok=True)
+        (tmp_path / "held" / f"{name}.txt").write_bytes(bytes((j * 8 + 5) % 96 + 32 for j in range(size)))
+    return f"{tmp_path}/held/*.txt"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "learned"])
+def test_held_out_text_is_worth_what_perplexity_says(folder, held_out, learned, tokenizer):
+    name, size = ("bytes", 256) if tokenizer == "bytes" else (learned, 300)
+    source, model = stream(folder, validation_texts=(held_out,), tokenizer=name), tiny(tokenizer=name, vocab_size=size).eval()
+    rows, _ = run(model, PerplexitySettings(texts=(held_out,)))
+    assert pickle.loads(pickle.dumps(source)).held_out(model) == pytest.approx(summary(rows)["bits_per_byte"], rel=1e-6)
+    assert sum(row["bytes"] for row in rows) == 183 and (tokenizer == "bytes" or sum(row["tokens"] for row in rows) < 150)
+    assert stream(folder).held_out is None
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_epochs_are_counted_as_they_are_read(folder, streams):
+    source = stream(folder, streams=streams)
+    length = 981 // (2 * streams)
+    read = np.concatenate([batch.tokens[:, :-1].flatten().numpy() for batch in map(source.__getitem__, range(6))])
+    assert source.epochs(6) == pytest.approx(read.size / (length * 2 * streams)) and source.epochs(0) == 0
+
+
+def test_what_is_held_out_is_part_of_the_run_and_not_learned_from(folder, held_out, tmp_path):
+    one = stream(folder, validation_texts=(held_out,)).digests
+    (tmp_path / "held" / "b.txt").write_text("something else")
+    other = stream(folder, validation_texts=(held_out,)).digests
+    assert one["texts_sha256"] == other["texts_sha256"] and one["validation_texts_sha256"] != other["validation_texts_sha256"]
+    (tmp_path / "held" / "c.txt").write_bytes((folder / "3.txt").read_bytes())
+    with pytest.raises(InputError, match="the held-out document c.txt is one of the texts that are learned from"):
+        stream(folder, validation_texts=(held_out,))
+    (tmp_path / "held" / "c.txt").write_text("x")
+    with pytest.raises(InputError, match="the held-out document c.txt has fewer than 2 tokens"):
+        stream(folder, validation_texts=(held_out,))
+    with pytest.raises(InputError, match="nowhere.txt does not exist"):
+        stream(folder, validation_texts=("nowhere.txt",))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_reading_held_out_text_changes_no_bit_of_training(folder, held_out, precision, tmp_path):
+    settings = dict(steps=5, warmup_steps=1, learning_rate=0.02, device="cpu", precision=precision, workers=0)
+    plain, watched = tiny(), tiny()
+    train(plain, stream(folder, steps=5), TrainSettings(**settings), tmp_path / "plain")
+    metrics = train(watched, stream(folder, steps=5, validation_texts=(held_out,)), TrainSettings(**settings, validate_every=1), tmp_path / "watched")
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in watched.state_dict().items())
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        worth = stream(folder, validation_texts=(held_out,)).held_out(watched.eval())
+    assert metrics["held_out_bits_per_byte"] == worth
+
+
+def test_from_the_command_line_to_the_best_weights(folder, held_out, tmp_path, capsys):
+    """Kept, measured alone or with all runs of a folder, and trained on from."""
+    documents = ["task=stream", f"task.texts=['{folder}/*.txt']", "task.segments=2", "task.rows=1", f"task.validation_texts=['{held_out}']"]
+    shape = ["model.hidden_size=16", "model.intermediate_size=24", "model.segment_length=8"]
+    leave = ["~task.min_segments", "~task.max_segments", "~task.tokens_per_batch"]
+    rates = ["train.steps=6", "train.validate_every=1", "train.learning_rate=1"]  # so high that the first steps are the best
+    assert main(["train", "debug=tiny", *documents, *shape, *leave, *rates, f"output={tmp_path}/runs/x"]) == 0
+    metrics = json.loads((tmp_path / "runs/x/record.json").read_text())["metrics"]
+    assert metrics["best_step"] < 6 and metrics["best_held_out_bits_per_byte"] < metrics["held_out_bits_per_byte"]
+    assert metrics["epochs"] == pytest.approx(6 * 16 / 981)
+
+    asked = ["perplexity", f"runs={tmp_path}/runs", f"texts=['{held_out}']", "device=cpu", "picked=true"]
+    assert main([*asked, "output=last"]) == 0 and main([*asked, "output=best", "best=true"]) == 0
+    found = {path.parts[-2]: json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("*/record.json") if path.parts[-2] != "x"}
+    assert found.keys() == {"last", "best"}
+    worth = {name: summary(record["rows"])["bits_per_byte"] for name, record in found.items()}
+    assert worth["best"] == pytest.approx(metrics["best_held_out_bits_per_byte"], rel=1e-2)  # weights of 16 bit
+    assert worth["last"] == pytest.approx(metrics["held_out_bits_per_byte"], rel=1e-2)
+    assert main([*asked, "output=last", "best=true"]) == 2
+    assert "choose another output" in capsys.readouterr().err
+    assert main([argument for argument in asked if argument != "picked=true"] + ["output=all"]) == 0
+    assert [path.parts[-3] for path in (tmp_path / "runs").rglob("all/record.json")] == ["x"]  # the best weights are no run of their own
+
+    on = ["train", "task=stream", *documents[1:4], "train.steps=1", "train.warmup_steps=1", "train.device=cpu", "train.workers=0"]
+    assert main([*on, f"runs={tmp_path}/runs", "best=true", f"output={tmp_path}/on"]) == 0, capsys.readouterr().err
+    origin = json.loads((tmp_path / "on/x/record.json").read_text())["data"]["origin"]
+    assert origin["weights_sha256"] == found["best"]["data"]["infini"]["checkpoint_sha256"]
+
+    assert main(["train", "debug=tiny", *documents, *shape, *leave, f"output={tmp_path}/y"]) == 2
+    assert "the data has held-out text, but validate_every is null" in capsys.readouterr().err
+    assert main(["train", "debug=tiny", "train.validate_every=2", f"output={tmp_path}/y"]) == 2
+    assert "the data has no held-out text: use task=stream" in capsys.readouterr().err
+    assert main(["perplexity", f"runs={tmp_path}/on", f"texts=['{held_out}']", "device=cpu", "output=best", "best=true"]) == 2
+    assert "it was trained without train.validate_every" in capsys.readouterr().err
 
 
 def test_a_task_that_reads_other_tokens_than_the_model_is_refused(folder, learned, tmp_path, capsys):

@@ -60,18 +60,18 @@ def test_rows_are_the_benchmarks_text_and_every_question_has_the_right_answer(na
         said = [(found.end(), found[0]) for found in re.finditer(SAID, text)]
         questions = list(re.finditer(ASKED, text))
         dense += len(questions) > 1
-        (asked,) = {question[0].rpartition(" ")[0] for question in questions}
-        (key,) = {question[1] for question in questions}
-        who = re.search(r" (?:of|for) ([\w-]+)", asked) if name != "phrase" else None
-        about = [(at, said_) for at, said_ in said if who is None or f" {who[1]} is" in said_]
-        if name == "phrase":  # the words before the number are those that the question ends with
-            about = [(at, said_) for at, said_ in said if said_.startswith(f"\n{re.search(PHRASE, asked)[0]} ")]
-        assert key in about[-1][1]  # of several about the same, the last counts
-        if name == "updated":
-            assert len(about) == 2 and key not in about[0][1]
-        else:
-            assert len(about) == 1
-        assert questions[0].start() >= about[-1][0] - 1
+        for question in questions:  # the last one's, and on the way any that was said
+            asked, key = question[0].rpartition(" ")[0], question[1]
+            who = re.search(r" (?:of|for) ([\w-]+)", asked) if name != "phrase" else None
+            about = [(at, said_) for at, said_ in said if who is None or f" {who[1]} is" in said_]
+            if name == "phrase":  # the words before the number are those that the question ends with
+                about = [(at, said_) for at, said_ in said if said_.startswith(f"\n{re.search(PHRASE, asked)[0]} ")]
+            assert key in about[-1][1]  # of several about the same, the last counts
+            if name == "updated":
+                assert len(about) == 2 and key not in about[0][1]
+            else:
+                assert len(about) == 1
+            assert question.start() >= about[-1][0] - 1
 
         # The digits, and the stop after them, but where the row's end cuts it off.
         marks = np.concatenate([np.arange(question.start(1), question.end(1) + 1) for question in questions])

@@ -284,10 +284,11 @@ def test_recomputed_blocks_give_the_same_gradient():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # by torch itself, when its compiler is imported
-def test_compiled_blocks_may_have_as_many_graphs_as_gaps_and_replay_need(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # torch's; a gap in replay alone needs more
-    build().enable_compile()
-    assert torch._dynamo.config.recompile_limit >= 32
+def test_compiled_blocks_may_have_as_many_graphs_as_gaps_and_replay_need():
+    # torch's own limit; a gap in replay alone needs more. Its own way of patching: pytest's would take the option away afterwards.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        build().enable_compile()
+        assert torch._dynamo.config.recompile_limit >= 32
 
 
 def test_the_schedule_chooses_by_the_batch():
@@ -371,3 +372,9 @@ def test_the_loop_trains_on_gaps_and_probes_them(settings, tmp_path, replay):
     assert metrics["steps"] == 6 and metrics["loss"] > 0
     assert (metrics["gradient_tokens"], metrics["text_tokens"]) == (4 * N, (4 + 6) * N)
     assert metrics["knockout_token_loss"] != 0  # of the last batch, which has a gap
+
+
+def test_a_gap_of_which_nothing_is_read_is_refused():
+    model, batch = build(), gap_batch()
+    with pytest.raises(InputError, match="read_segments is 0; at least 1 segment of a gap must be read"):
+        gap_loss_of(model, batch, read_segments=0)

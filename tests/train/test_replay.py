@@ -302,6 +302,20 @@ def test_what_is_read_again(schedule, segments):
     assert forward_tokens(schedule) == segments
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(checkpoints="some"), "checkpoints is 'some'; choose every or sqrt"),
+        (dict(group=3, bptt_segments=2), "bptt_segments is 2; it must be a multiple of group = 3"),
+        (dict(bptt_segments=0), "bptt_segments is 0"),
+        (dict(group=0), "group is 0; it must be at least 1"),
+    ],
+)
+def test_a_schedule_that_would_cut_elsewhere_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        Replay(**dict(segment_length=N, group=1) | changes)
+
+
 def test_the_probe_loss_is_the_same_without_a_graph():
     model = build()
     for batch in (rows(), rows(gap=2)):

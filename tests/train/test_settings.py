@@ -14,6 +14,12 @@ from infini.errors import InputError
         ("min_learning_rate_ratio", 1.5, "between 0 and 1"),
         ("betas", (0.9, 1.0), "below 1"),
         ("precision", "fp16", "bf16 or fp32"),
+        ("steps", 2.5, "a whole number"),
+        ("seed", 1.0, "a whole number"),
+        ("recompute", "no", "true or false"),
+        ("clip", None, "a number"),
+        ("learning_rate", float("inf"), "greater than 0, and finite"),
+        ("token_weight", float("nan"), "a number"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_limit(settings, name, value, limit):
