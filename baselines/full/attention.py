@@ -9,9 +9,39 @@ from baselines.full.state import FullLayer
 from infini.layers.rotary import rotate
 from infini.local import local_attention
 from infini.segments import SegmentPlan
+from infini.state import StreamState
 
 # Queries that share one mask where rows differ.
 QUERIES = 256
+
+
+def plan_of_text(
+    tokens: Tensor, span: int, segment_length: int, held: int, state: StreamState | None, lengths: Tensor | None, reset: Tensor | None
+) -> SegmentPlan:
+    """The places of `tokens` `[batch, length]` for models that write no segments: each token sees the last `span`, itself included.
+
+    Args:
+        tokens, lengths, reset: as a model is given them.
+        span: more than the text has for attention over everything.
+        segment_length: of the model.
+        held: tokens whose keys and values the state holds.
+        state: the state before the tokens; None at the start.
+    """
+    batch, length = tokens.shape
+    zeros = torch.zeros(batch, dtype=torch.long)
+    return SegmentPlan(
+        tokens=length,
+        segment_length=segment_length,
+        span=span,
+        sliding=True,
+        open_length=zeros,
+        tokens_seen=zeros if state is None else state.tokens_seen,
+        empty=torch.ones(batch, dtype=torch.bool),
+        history=held,
+        lengths=lengths,
+        reset=reset,
+        device=tokens.device,
+    )
 
 
 class FullAttention(Heads):

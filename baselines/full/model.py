@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from baselines.block import Block
-from baselines.full.attention import FullAttention
+from baselines.full.attention import FullAttention, plan_of_text
 from baselines.full.config import FullConfig
 from baselines.full.state import FullLayer, FullState
 from infini.config import ModelConfig
@@ -41,22 +41,9 @@ class FullTransformer(Decoder):
         super().__init__(config, lambda _: Block(config, FullAttention(config)), attention)
 
     def _read(self, tokens, state, reset, lengths, memory, trace) -> tuple[torch.Tensor, FullState]:
-        config, device, (batch, length) = self.config, tokens.device, tokens.shape
+        config, device, length = self.config, tokens.device, tokens.shape[1]
         held = 0 if state is None else state.layers[0].keys.shape[1]
-        zeros = torch.zeros(batch, dtype=torch.long)
-        plan = SegmentPlan(
-            tokens=length,
-            segment_length=config.segment_length,
-            span=config.window or held + length + 1,
-            sliding=True,
-            open_length=zeros,
-            tokens_seen=zeros if state is None else state.tokens_seen,
-            empty=torch.ones(batch, dtype=torch.bool),
-            history=held,
-            lengths=lengths,
-            reset=reset,
-            device=device,
-        )
+        plan = plan_of_text(tokens, config.window or held + length + 1, config.segment_length, held, state, lengths, reset)
         positions = plan.positions[:, held:]
         near = plan if memory else _own_segment(plan, positions, config.segment_length)
         x = self.embedding(tokens)

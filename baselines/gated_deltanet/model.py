@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from baselines.block import Block
-from baselines.full.attention import FullAttention
+from baselines.full.attention import FullAttention, plan_of_text
 from baselines.gated_deltanet.config import GatedDeltaNetConfig
 from baselines.gated_deltanet.layer import GatedDeltaLayer, Stretch
 from baselines.gated_deltanet.operator import choose_recurrence
@@ -17,7 +17,6 @@ from infini.decoder import Decoder
 from infini.layers.rotary import rotary_table
 from infini.local import announce_backend, choose_backend
 from infini.protocol import Carried
-from infini.segments import SegmentPlan
 from infini.state import StreamState
 
 
@@ -50,20 +49,7 @@ class GatedDeltaNet(Decoder):
     def _read(self, tokens, state, reset, lengths, memory, trace) -> tuple[Tensor, GatedDeltaNetState]:
         config, device, (batch, length) = self.config, tokens.device, tokens.shape
         held = 0 if state is None or len(state.layers) == 1 else state.layers[1].keys.shape[1]
-        zeros = torch.zeros(batch, dtype=torch.long)
-        plan = SegmentPlan(
-            tokens=length,
-            segment_length=config.segment_length,
-            span=config.window,
-            sliding=True,
-            open_length=zeros,
-            tokens_seen=zeros if state is None else state.tokens_seen,
-            empty=torch.ones(batch, dtype=torch.bool),
-            history=held,
-            lengths=lengths,
-            reset=reset,
-            device=device,
-        )
+        plan = plan_of_text(tokens, config.window, config.segment_length, held, state, lengths, reset)
         positions = plan.positions[:, held:]
         begins, real = reset, None
         if not memory:

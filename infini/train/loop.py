@@ -32,6 +32,7 @@ from infini.train.run_folder import claim, whole_folder
 from infini.train.settings import TrainSettings
 from infini.train.step import Parallel, Schedule, take_step
 from infini.train.streams import Streams
+from infini.train.stretch import require_stretchable
 from infini.train.telemetry import GateWatch, knock_out
 from infini.train.window import Window
 
@@ -82,6 +83,8 @@ def train(
     started, output = time.time(), Path(output)
     device = _device(settings.device)
     _check_length(source, settings)
+    if settings.gap_read_segments is not None:  # now, and not at the first gap that is longer
+        require_stretchable(getattr(model.config, "update_rule", ""))
     held_out = HeldOut(source, settings, output)
     run = {
         "model": {"class": _name(type(model)), **model.config.to_dict()},

@@ -8,6 +8,15 @@ from infini.errors import InputError
 from infini.memory import MemoryState
 
 
+def require_stretchable(rule: str) -> None:
+    """An `InputError` for ``gamma_delta``, whose second turn writes another normalizer than its first."""
+    if rule == "gamma_delta":
+        raise InputError(
+            "gap_read_segments is set, but in the update rule gamma_delta the normalizer changes what a text writes the "
+            "second time: set gap_read_segments=null, or use linear, delta or deltanet"
+        )
+
+
 def stretch(
     rule: str, before: MemoryState, after: MemoryState, carried: torch.Tensor | None, times: int
 ) -> tuple[MemoryState, torch.Tensor | None]:
@@ -48,11 +57,7 @@ def stretch(
     """
     if times < 1:
         raise InputError(f"a text cannot count {times} times; at least once")
-    if rule == "gamma_delta":
-        raise InputError(
-            "gap_read_segments is set, but in the update rule gamma_delta the normalizer changes what a text writes the "
-            "second time: set gap_read_segments=null, or use linear, delta or deltanet"
-        )
+    require_stretchable(rule)
     normalizer = before.normalizer
     if normalizer is not None:
         grown = after.normalizer - normalizer

@@ -164,6 +164,12 @@ def test_a_gap_in_delta_is_estimated_by_the_model():
     assert apart(meant.maps[0], read.maps[0]) < 0.2 < apart(identity, read.maps[0])
 
 
+def test_training_refuses_it_before_its_first_step(settings, tmp_path):
+    with pytest.raises(InputError, match="gap_read_segments is set, but .* set gap_read_segments=null"):
+        train(build("gamma_delta").float(), Far(), settings(steps=2, gap_read_segments=4), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @dataclasses.dataclass(frozen=True)
 class Far:
     def __getitem__(self, index):
