@@ -6,12 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from infini.kernels.parts import product
-from infini.kernels.tiles import MUCH_SHARED, on_device_of, shared_memory
+from infini.kernels.tiles import MUCH_SHARED, on_device_of, processors, shared_memory
 
 BLOCK = 256
 
-# Columns of a memory that one program of the affine scan takes through all segments.
-COLUMNS, WARPS = 16, 8
+# Columns of a memory that one program of the affine scan takes through all segments: at least and at most.
+FEWEST, MOST, WARPS = 8, 64, 8
 
 
 @triton.jit
@@ -123,9 +123,23 @@ def affine_scan(
     before, last = additions if in_place else torch.empty_like(additions), torch.empty_like(first)
     wide = max(16, triton.next_power_of_2(dim))
     stages = 2 if wide < 128 or shared_memory(additions.device) >= MUCH_SHARED else 1
+    block = columns_of(batch * groups, wide, additions.device)
     with on_device_of(additions):
-        affine_kernel[(groups, triton.cdiv(dim, COLUMNS), batch)](
+        affine_kernel[(groups, triton.cdiv(dim, block), batch)](
             additions, grams, additions if fresh is None else fresh, before, first, last, segments, filled, grams.shape[1],
-            D=dim, BD=wide, BV=COLUMNS, REVERSE=reverse, FRESH=fresh is not None, TRANSPOSED=transposed, STAGES=stages, num_warps=WARPS,
+            D=dim, BD=wide, BV=block, REVERSE=reverse, FRESH=fresh is not None, TRANSPOSED=transposed, STAGES=stages, num_warps=WARPS,
         )  # fmt: skip
     return before, last
+
+
+def columns_of(memories: int, wide: int, device: torch.device) -> int:
+    """The most columns for a program that leave a program for every processor: each reads all maps of its memory."""
+    block = most_columns(wide, shared_memory(device))
+    while block > FEWEST and memories * (wide // block) < 0.9 * processors(device):
+        block //= 2
+    return block
+
+
+def most_columns(wide: int, shared: int) -> int:
+    """Of heads padded to `wide` numbers, on a GPU whose programs may have `shared` bytes."""
+    return min(wide, MOST if shared >= MUCH_SHARED else 16)

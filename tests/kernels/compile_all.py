@@ -15,7 +15,7 @@ from infini.kernels.deltanet import chunks_backward_kernel, map_kernel, prepare_
 from infini.kernels.outer import outer_kernel
 from infini.kernels.read import read_backward_kernel, read_kernel
 from infini.kernels.read_deltanet import read_deltanet_backward_kernel, read_deltanet_kernel
-from infini.kernels.scan import COLUMNS, WARPS, affine_kernel, scan_kernel
+from infini.kernels.scan import FEWEST, WARPS, affine_kernel, most_columns, scan_kernel
 from infini.kernels.tiles import DELTANET, MUCH_SHARED, Tiles, widest_deltanet
 from infini.kernels.write import write_backward_kernel
 
@@ -28,6 +28,7 @@ KERNELS = {
     "gram": (gram_kernel, "gram"),
     "gram_backward": (gram_backward_kernel, "gram_backward"),
     "affine": (affine_kernel, "outer"),
+    "affine_few": (affine_kernel, "outer"),
 }
 KERNELS |= {
     "prepare": (prepare_kernel, "prepare"),
@@ -37,7 +38,8 @@ KERNELS |= {
     "read_deltanet": (read_deltanet_kernel, "read_deltanet"),
     "read_deltanet_backward": (read_deltanet_backward_kernel, "read_deltanet"),
 }
-DELTA = {"gram", "gram_backward", "affine"}
+AFFINE = {"affine", "affine_few"}
+DELTA = {"gram", "gram_backward", *AFFINE}
 OF_DELTANET = {*DELTANET, "read_deltanet_backward"}
 INPUTS = {"x", "y", "k", "v", "q", "local", "mixed", "d_mixed", "dk", "dv", "dq", "d_local"}
 NUMBERS = {"length", "offset", "segments", "slots", "parts", "segment_length", "groups", "heads", "filled", "mapped", "pieces", "columns", "chunks"}
@@ -52,9 +54,9 @@ def compiled(name, dim, dtype, capability, shared, tiles=None, ragged=False):
     choices |= {"ROWS": tiles.rows, "AHEAD": tiles.loop_stages, "FUSED": tiles.fused, "TURNED": tiles.turned, "HEADS": 2 if tiles.fused else 1}
     choices |= {"WEIGHTS": 2, "WEIGHTED": True, "MASKED": True, "MIX_EMPTY": False, "RAGGED": ragged, "FRESH": ragged, "EXACT": exact}
     choices |= {"REVERSE": False, "TRANSPOSED": True, "BLOCK": 256, "ADD": True, "STAGES": 2 if tiles.BD < 128 or shared >= MUCH_SHARED else 1}
-    warps = WARPS if name == "affine" else tiles.warps
-    if name == "affine":
-        choices["BV"] = COLUMNS
+    warps = WARPS if name in AFFINE else tiles.warps
+    if name in AFFINE:
+        choices["BV"] = most_columns(tiles.BD, shared) if name == "affine" else FEWEST
     signature, constants, aligned = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name

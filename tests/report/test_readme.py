@@ -99,6 +99,30 @@ def test_needles_are_told_with_the_numbers_of_their_records(source, cells):
     assert told[: len(lengths)] == [right_of([row for row in rows if row["length"] == length]) for length in lengths]
 
 
+@pytest.mark.parametrize(("folder", "table"), re.findall(r"<!-- needles: (\S+) -->\n((?:\|.*\n)+)", NEGATIVE + README))
+def test_two_seeds_are_told_with_the_numbers_of_their_records(folder, table):
+    lengths = [int(cell.replace(",", "")) for cell in re.findall(r"[\d,]+", table.splitlines()[0])]
+    assert lengths[-1] == 2**20
+    for line in table.splitlines()[2:]:
+        name, told = re.search(r"\(`(\w+)`\)", line)[1], [cell.strip() for cell in line.strip(" |").split("|")[1:]]
+        for length, cell in zip(lengths, told, strict=False):
+            right = []
+            for seed in (0, 1):
+                sources = [f"{folder}/seed{seed}/{name}{more}/record.json" for more in ("", "_million")]
+                rows = [row for source in sources if (ROOT / source).exists() for row in read(source)["rows"]]
+                right.append(right_of([row for row in rows if row["length"] == length]))
+            assert cell == (", ".join([right[0].split()[0], right[1]]) if right[0] != "0 of 0" else "")
+
+
+def test_how_far_beyond_a_million_the_seed_goes():
+    folder = "results/passkey_mixed_12m_conv8/linear/seed1"
+    for told, name in re.findall(rf"\[(\d+)\]\({folder}/(\w+)/record.md\)", README):
+        assert told == right_of(read(f"{folder}/{name}/record.json")["rows"]).split()[0]
+    natural = [read(f"results/passkey_mixed_12m_conv8/linear/seed{seed}/natural_text_million/record.json")["rows"] for seed in (0, 1)]
+    worst = min(round(row["exact_match"] * row["samples"]) for rows in natural for row in rows)
+    assert f"{right_of(sum(natural, []))} keys are found, at no depth less than {worst} of 20" in README
+
+
 def test_what_is_said_of_books_is_the_record():
     rows = read("results/passkey_bytes_12m/untrained/natural_text/record.json")["rows"]
     assert f"it finds {right_of(rows)} keys up to {max(row['length'] for row in rows):,} tokens" in README
@@ -128,6 +152,12 @@ def test_speed_is_that_of_the_records():
     assert "| {:.2f}, {:.2f} |".format(*(1 / ratio for ratio in shipped)) in README
 
 
+def test_prefill_is_that_of_the_record():
+    source = f"{BENCHMARKS}/prefill/record.json"
+    rate = {row["tokens"]: row["tokens_per_second"] for row in read(source)["rows"] if row["what"] == "prefill" and row["compiled"]}
+    assert f"| {rate[2**20] / max(rate.values()):.3f}; {rate[2**20] / 1e6:.2f} |" in README
+
+
 def test_decoding_is_that_of_the_record():
     first, last = (row_of("results/decode/record.json", model="infini", path="graph", context=n) for n in (4096, 2**20))
     assert f"| {last['milliseconds'] / first['milliseconds']:.2f}; {last['milliseconds']:.2f} |" in README
@@ -135,13 +165,17 @@ def test_decoding_is_that_of_the_record():
     assert "in {:.2f} ms after 4,096, in {:.2f} ms after 131,072 and in {:.2f} ms".format(*plain) in README
 
 
-def test_how_far_the_training_with_other_needles_reached_is_its_record():
-    metrics = read("results/passkey_mixed_12m_conv/training/record.json")["metrics"]
-    assert f"gradients through at most {metrics['gradient_tokens']:,} tokens, states of up to {metrics['text_tokens']:,} tokens seen" in README
-    assert f"trained for {metrics['seconds'] / 60:.0f} minutes" in README
+def test_how_far_the_training_with_other_needles_reached_is_its_records():
+    records = [read(f"results/passkey_mixed_12m_conv8/linear/seed{seed}/training/record.json") for seed in (0, 1)]
+    gradient, text = (max(record["metrics"][key] for record in records) for key in ("gradient_tokens", "text_tokens"))
+    assert f"gradients through at most {gradient:,} tokens, states of up to {text:,} tokens seen" in README
+    for seed, record in enumerate(records):
+        assert f"trained for {record['metrics']['seconds'] / 60:.0f} minutes" in README
+        assert record["seeds"]["train"] == record["data"]["seed"] == seed
 
 
 def test_a_million_tokens_are_read_as_fast_as_fewer():
-    rows = read("results/passkey_mixed_12m_conv/natural_text/record.json")["rows"]
+    folder = "results/passkey_mixed_12m_conv8/linear/seed0"
+    rows = read(f"{folder}/natural_text/record.json")["rows"] + read(f"{folder}/natural_text_million/record.json")["rows"]
     rate = {n: max(row["tokens_per_second"] for row in rows if row["length"] == n) / 1e6 for n in (131072, 2**20)}
     assert f"read at {rate[2**20]:.1f}M tokens/s" in README and rate[2**20] > 0.98 * rate[131072]
