@@ -16,6 +16,13 @@ Recent keys, values and counters are those of the gap's end.
 
 A gap of which only the last segments are read is stretched, see :mod:`infini.train.stretch`: so the read-out meets the noise
 of a million tokens for the price of some thousand. Its noise is that of real filler, in M and z together.
+
+So far training learns to read in spite of what filler writes, not to write less of it. Where the last segments of the gap are
+read with gradient (`gradient_segments`), their writes learn too, and each as often as it counts:
+
+    M' = M + t (M_after - M),    dM' = dM + t d(M_after).
+
+This is for ``linear``, where it is the whole gradient of repeated filler as far as filler does not depend on the memory.
 """
 
 from __future__ import annotations
@@ -44,30 +51,32 @@ class Crossing(NamedTuple):
     maps: tuple[torch.Tensor | None, ...]
 
 
-def gap_loss_of(model: Callable, batch: Batch, read_segments: int | None = None) -> LossSums:
+def gap_loss_of(model: Callable, batch: Batch, read_segments: int | None = None, gradient_segments: int | None = None) -> LossSums:
     """:func:`infini.train.loss.loss_of` for a batch with a gap.
 
-    The value is that of all tokens read in one text; the gradient ends at the gap but for each memory's direct path.
+    The value is that of all tokens read in one text; the gradient ends at the gap but for each memory's direct path, and for
+    what the gap's last ``gradient_segments`` write.
 
     Args:
         model: called as ``model(tokens, targets=...)``, ``model(tokens, state, targets=...)`` and
             ``model(tokens, state, keep="none", maps=...)``, see :class:`infini.InfiniTransformer`.
         batch: on the model's device, with a gap.
-        read_segments: most segments of a gap that are read, see :func:`cross`.
+        read_segments, gradient_segments: most segments of a gap that are read, and that are read with gradient, see :func:`cross`.
 
     Raises:
         InputError: the gap does not stand on a segment border of the model, or the model has no such state.
     """
     border = batch.gap.position * batch.segment_length
     before, state = loss_of_span(model, batch, 0, border)
-    state = carry_on(state, cross(model, batch, state, read_segments))
+    state = carry_on(state, cross(model, batch, state, read_segments, gradient_segments))
     after, _ = loss_of_span(model, batch, border, batch.tokens.shape[1] - 1, state)
     return before.plus(after)
 
 
-@torch.no_grad()
-def cross(model: Callable, batch: Batch, state: InfiniState, read_segments: int | None = None) -> Crossing:
-    """Read the batch's gap after ``state`` without gradient, at most `READ_TOKENS` tokens at a time, or as many as the
+def cross(
+    model: Callable, batch: Batch, state: InfiniState, read_segments: int | None = None, gradient_segments: int | None = None
+) -> Crossing:
+    """Read the batch's gap after ``state`` without gradient to it, at most `READ_TOKENS` tokens at a time, or as many as the
     batch has if that is more.
 
     Memory does not depend on the gap's length: its pieces are made when they are read, and of a piece only the
@@ -75,6 +84,9 @@ def cross(model: Callable, batch: Batch, state: InfiniState, read_segments: int 
 
     Of a gap of k segments, more than ``read_segments``, the last r are read and count t times, t as small as may be and
     r = k / t rounded, see :func:`infini.train.stretch.stretch`. None: all are read.
+
+    Of those that are read the last ``gradient_segments``, at one time, have gradient to the parameters, through what they
+    write and leave; None, or in a call without gradient: none of them.
     """
     if not isinstance(state, InfiniState):
         raise InputError(
@@ -89,17 +101,32 @@ def cross(model: Callable, batch: Batch, state: InfiniState, read_segments: int 
             f"the gap stands before token {border}, {int(state.open_length.max())} tokens into a segment of the model; "
             f"it must stand on a segment border: give the task (now {n}) and the model the same segment_length"
         )
-    product, first = None, state
+    product, first = None, state.detach()
     # Long gaps come with few rows, which read as many tokens at a time as a full batch would.
     length, most = batch.gap.segments * n, max(batch.segments, READ_TOKENS // (len(batch.tokens) * n)) * n
     times = 1 if read_segments is None else -(-batch.gap.segments // read_segments)
-    for start in range(length - round(batch.gap.segments / times) * n, length, most):
+    read = round(batch.gap.segments / times)
+    learned = min(read, gradient_segments or 0) if torch.is_grad_enabled() else 0
+    pieces = [(start, min(start + most, length - learned * n)) for start in range(length - read * n, length - learned * n, most)]
+    state = first
+    for start, stop in pieces + [(length - learned * n, length)] * (learned > 0):
         maps: dict = {}
-        piece = batch.gap.piece(start, min(start + most, length))
-        _, state = model(piece, state, keep="none", maps=maps)
+        with torch.set_grad_enabled(learned > 0 and stop == length):
+            _, state = model(batch.gap.piece(start, stop), state, keep="none", maps=maps)
+        if learned:
+            require_linear(maps["update_rule"])
         layers = maps["layers"]
         product = layers if product is None else [_then(*pair) for pair in zip(product, layers, strict=True)]
     return Crossing(state, tuple(product)) if times == 1 else _stretched(maps["update_rule"], first, state, product, times)
+
+
+def require_linear(rule: str) -> None:
+    """An `InputError` for rules in which a write depends on what is held: their later turns have another gradient than the first."""
+    if rule != "linear":
+        raise InputError(
+            f"gap_gradient_segments is set, but in the update rule {rule} what filler writes depends on what the memory holds, and its "
+            "gradient changes from turn to turn: set gap_gradient_segments=null, or use linear"
+        )
 
 
 def carry_on(state: InfiniState, crossing: Crossing) -> InfiniState:

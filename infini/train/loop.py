@@ -24,6 +24,7 @@ from infini.report.record import make_record, read_record, write_record
 from infini.train.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from infini.train.held_out import HeldOut
 from infini.train.interrupt import StopRequest
+from infini.train.long_gap import require_linear
 from infini.train.metrics import MetricsLog
 from infini.train.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from infini.train.reach import reach_of, write_reach
@@ -85,6 +86,8 @@ def train(
     _check_length(source, settings)
     if settings.gap_read_segments is not None:  # now, and not at the first gap that is longer
         require_stretchable(getattr(model.config, "update_rule", ""))
+    if settings.gap_gradient_segments is not None:
+        require_linear(getattr(model.config, "update_rule", "linear"))
     held_out = HeldOut(source, settings, output)
     run = {
         "model": {"class": _name(type(model)), **model.config.to_dict()},
@@ -190,7 +193,7 @@ def _run_steps(
             )
             progress.step += 1
             for batch in batches:
-                progress.reached(*reach_of(batch, settings.bptt_segments, streams.tokens_seen(batch)))
+                progress.reached(*reach_of(batch, settings.bptt_segments, streams.tokens_seen(batch), settings.gap_gradient_segments))
             window.add(progress.step, result)
             bar.update()
 
@@ -245,7 +248,7 @@ def _in_precision(model: Callable, device: torch.device, precision: str) -> Call
 def _schedule(settings: TrainSettings, segment_length: int) -> Schedule:
     group = settings.replay_segments or settings.bptt_segments
     if group is None:
-        return Parallel(settings.gap_read_segments)
+        return Parallel(settings.gap_read_segments, settings.gap_gradient_segments)
     return Replay(segment_length, group, settings.bptt_segments, settings.replay_checkpoints, settings.gap_read_segments)
 
 

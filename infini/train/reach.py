@@ -12,7 +12,7 @@ from infini.report.record import write_atomically
 FILE = "training.json"
 
 
-def reach_of(batch: Batch, bptt_segments: int | None = None, stream_tokens: int = 0) -> tuple[int, int]:
+def reach_of(batch: Batch, bptt_segments: int | None = None, stream_tokens: int = 0, gap_gradient_segments: int | None = None) -> tuple[int, int]:
     """Tokens that the gradient of a batch goes through, and tokens of the longest text that its states have seen.
 
     Of a stream it is told to the length of a batch: a document is looked at where batches end.
@@ -21,6 +21,7 @@ def reach_of(batch: Batch, bptt_segments: int | None = None, stream_tokens: int 
         batch: any; what stands in its gap counts as seen, be it read in full or stretched from a part.
         bptt_segments: where the gradient is cut, see :class:`infini.train.settings.TrainSettings`.
         stream_tokens: tokens of the longest document so far, for a batch that goes on from the one before.
+        gap_gradient_segments: of a gap that have gradient.
 
     Example:
         >>> import torch
@@ -29,10 +30,13 @@ def reach_of(batch: Batch, bptt_segments: int | None = None, stream_tokens: int 
         >>> gap = Gap(position=1, segments=100, filler=torch.zeros(1, 1, dtype=torch.long))
         >>> reach_of(Batch(text, text > 0, segments=2, gap=gap))
         (8, 408)
+        >>> reach_of(Batch(text, text > 0, segments=2, gap=gap), gap_gradient_segments=3)
+        (20, 408)
     """
     tokens, n = batch.tokens.shape[1] - 1, batch.segment_length
     gradient = tokens if bptt_segments is None else min(tokens, bptt_segments * n)
     gap = 0 if batch.gap is None else batch.gap.segments * n
+    gradient += min(gap, (gap_gradient_segments or 0) * n)
     return gradient, max(tokens + gap, stream_tokens)
 
 

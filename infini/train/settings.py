@@ -43,6 +43,9 @@ class TrainSettings:
         gap_read_segments: most segments of a long gap that are read; a longer one is stretched from its last, exact for
             filler that repeats as far as it does not depend on what it reads of the memory; in ``delta`` an estimate, and not
             for ``gamma_delta``, see :func:`infini.train.stretch.stretch`. None: read in full.
+        gap_gradient_segments: most segments of a long gap, its last, that have gradient: so the model learns to write little of
+            filler, and not only to read in spite of it. Their activations are held too. For ``linear``, and not with
+            ``replay_segments`` or ``bptt_segments``, see :mod:`infini.train.long_gap`. None: none of them.
         loss_tokens: tokens whose logits exist at a time while the loss is computed; the same numbers for any. None: as many as
             make 256 MiB of them.
         compile: compile the model's blocks, for any number of rows and segments; the first steps take minutes.
@@ -83,6 +86,7 @@ class TrainSettings:
     replay_checkpoints: str = "every"
     bptt_segments: int | None = None
     gap_read_segments: int | None = None
+    gap_gradient_segments: int | None = None
     loss_tokens: int | None = None
     compile: bool = False
     seed: int = 0
@@ -126,13 +130,23 @@ class TrainSettings:
             )
 
     def _check_replay(self) -> None:
-        for name in ("replay_segments", "bptt_segments", "gap_read_segments", "loss_tokens"):
+        for name in ("replay_segments", "bptt_segments", "gap_read_segments", "gap_gradient_segments", "loss_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1, or null")
         known = self.replay_checkpoints in ("every", "sqrt")
         _require(known, "replay_checkpoints", self.replay_checkpoints, "every or sqrt")
         if self.replay_checkpoints == "sqrt" and self.replay_segments is None:
             raise InputError("replay_checkpoints is 'sqrt' but nothing is replayed: set replay_segments, or use every")
+        read, learned = self.gap_read_segments, self.gap_gradient_segments
+        if read and learned and learned > read:
+            raise InputError(
+                f"gap_gradient_segments is {learned}, but no more than gap_read_segments = {read} are read: lower the one or raise the other"
+            )
+        if learned and (self.replay_segments or self.bptt_segments):
+            raise InputError(
+                f"gap_gradient_segments is {learned}, but replay_segments and bptt_segments read every gap without gradient: "
+                "set it to null, or these two"
+            )
         if self.replay_segments and self.bptt_segments and self.bptt_segments % self.replay_segments:
             raise InputError(
                 f"bptt_segments is {self.bptt_segments} but must be a multiple of replay_segments = {self.replay_segments}: "

@@ -36,10 +36,12 @@ class Parallel:
     """All segments of a row at once; where the batch has a gap, all before it and then all behind it.
 
     Attributes:
-        gap_read_segments: most segments of a gap that are read, see :func:`infini.train.long_gap.cross`.
+        gap_read_segments, gap_gradient_segments: most segments of a gap that are read, and with gradient, see
+            :func:`infini.train.long_gap.cross`.
     """
 
     gap_read_segments: int | None = None
+    gap_gradient_segments: int | None = None
 
     def loss(self, model: Callable, batch: Batch, state: Any = None) -> LossSums:
         return self._read(model, batch, state)[0]
@@ -53,7 +55,7 @@ class Parallel:
 
     def _read(self, model: Callable, batch: Batch, state: Any) -> tuple[LossSums, Any]:
         if batch.gap is not None:
-            return gap_loss_of(model, batch, self.gap_read_segments), None
+            return gap_loss_of(model, batch, self.gap_read_segments, self.gap_gradient_segments), None
         return loss_of_span(model, batch, 0, batch.tokens.shape[1] - 1, state)
 
 

@@ -21,7 +21,8 @@ def options(group):
 
 
 # What a file leaves to the command line: any text will do.
-NEEDS = {"experiment=passkey_mixed_12m": [f"task.haystacks=[{__file__}]"], "task=stream": [f"task.texts=[{__file__}]"]}
+NEEDS = {f"experiment=passkey_mixed_12m{far}": [f"task.haystacks=[{__file__}]"] for far in ("", "_far")}
+NEEDS["task=stream"] = [f"task.texts=[{__file__}]"]
 PAIRS = Path(__file__).with_name("pairs.jsonl")
 BYTES = ["model.tokenizer=bytes", "model.vocab_size=256"]
 NEEDS["task=booksum"] = [f"task.pairs=[{PAIRS}]"]
