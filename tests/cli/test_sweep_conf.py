@@ -20,7 +20,7 @@ from infini.config import InfiniConfig
 CONF = Path(str(files("infini.conf")))
 TEXTS = f"task.texts=[{CONF}/train.yaml]"
 SHORT = [TEXTS, "train.steps=5", "train.warmup_steps=1"]
-NEEDS = {"ablation": [], "head_to_head": SHORT, "head_to_head_paper": SHORT}
+NEEDS = {"ablation": [], "head_to_head": SHORT, "head_to_head_paper": SHORT, "head_to_head_bytes": SHORT}
 SEEDS_AND_RATES = 3 * 3
 
 
