@@ -1,33 +1,12 @@
-"""The block around every baseline's attention: that of `infini.model`."""
+"""What every baseline's attention stands in and is made of: the block of `infini.layers`, and the projections of heads."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from baselines.config import DecoderConfig
 from infini.errors import InputError
-from infini.layers.mlp import SwiGLU
-from infini.layers.norm import RMSNorm
+from infini.layers.block import Block
 
-
-class Block(nn.Module):
-    """Attention and SwiGLU, each in a residual branch with an RMSNorm before it.
-
-    Args:
-        config: the model's.
-        attention: called with the normalised hidden states and the rest of the block's arguments; gives its output and the
-            layer's new state.
-    """
-
-    def __init__(self, config: DecoderConfig, attention: nn.Module):
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = attention
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: Tensor, *arguments) -> tuple:
-        attended, state = self.attention(self.attention_norm(x), *arguments)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), state
+__all__ = ["Block", "Heads", "require_sdpa"]
 
 
 class Heads(nn.Module):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from infini import memory
+from infini.compiled import Part
 from infini.config import InfiniConfig
 from infini.layers.norm import RMSNorm, rms_normalize
 from infini.layers.rotary import rotate
@@ -38,6 +39,7 @@ class InfiniAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
         self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
+        self.project, self.turn = Part(project, (), (0, 1), (0,), (0, 1)), Part(turn, (0, 1), (0, 1), (0, 1))
         if config.short_conv:
             self.short_conv = ShortConv(config.hidden_size, config.short_conv)
         if not has_memory:
@@ -81,21 +83,20 @@ class InfiniAttention(nn.Module):
         Returns:
             The layer's output `[batch, tokens, D]` and its new state.
         """
-        dim, inputs = self.config.head_dim, None
+        before, in_document, inputs = None, None, None
         if self.config.short_conv:
-            x, inputs = self.short_conv(x, None if state is None else state.inputs, plan)
-        q, k, v = (proj(x).unflatten(-1, (-1, dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        strength = None
-        if self.has_memory and self.config.write_gate:
-            strength = torch.sigmoid(_full_precision(self.write_gate(x)))
+            before, in_document = self.short_conv.before(x, None if state is None else state.inputs), plan.in_document
+            inputs = self.short_conv.latest(x, before, plan)
+        q, k, v, strength = self.project(self, x, before, in_document)
         if state is not None:
             k, v = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in ((state.keys, k), (state.values, v)))
             if strength is not None:
                 strength = torch.cat([state.write_strength, strength], dim=1)
 
         # Keys and values in the line carry no positions; they are turned here, for the local attention only.
-        turned_q = rotate(q, tuple(part[:, plan.history :] for part in rotary))
-        mixed = local_attention(turned_q, rotate(k, rotary), v, plan, backend)
+        here = tuple(part[:, plan.history :] for part in rotary) if plan.history else rotary
+        turned_q = self.turn(q, *here)
+        mixed = local_attention(turned_q, self.turn(k, *rotary), v, plan, backend)
 
         new_memory = None
         if self.has_memory:
@@ -304,6 +305,30 @@ class InfiniAttention(nn.Module):
         if strength is not None:
             found["write_gate_mean"] = of_tokens(strength).mean()
         return found
+
+
+def project(
+    layer: InfiniAttention, x: Tensor, before: Tensor | None, in_document: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys and values `[batch, tokens, heads, d]` of `x` `[batch, tokens, D]`, and write strengths (None without a gate).
+
+    Args:
+        layer: whose projections.
+        x: normalised hidden states.
+        before, in_document: for the short convolution, see `ShortConv`; None without one.
+    """
+    dim, strength = layer.config.head_dim, None
+    if before is not None:
+        x = layer.short_conv(x, before, in_document)
+    q, k, v = (proj(x).unflatten(-1, (-1, dim)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    if layer.has_memory and layer.config.write_gate:
+        strength = torch.sigmoid(_full_precision(layer.write_gate(x)))
+    return q, k, v, strength
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` as a part that can be compiled."""
+    return rotate(x, (cos, sin))
 
 
 def empty_memory(config: InfiniConfig, batch: int, like: Tensor) -> MemoryState:

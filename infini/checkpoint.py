@@ -81,7 +81,7 @@ def read_config(folder: str | os.PathLike, config_class: type[Config] = InfiniCo
     found = fields.pop("model_type", None)
     if found != config_class.model_type:
         raise InputError(
-            f"{path} does not describe a model of this library (model_type is {found!r}, not {config_class.model_type!r})"
+            f"{path} is of another model: model_type is {found!r}, not {config_class.model_type!r}; load it with the class of that model"
         )
     found = fields.pop("format", None)
     if found != FORMAT:

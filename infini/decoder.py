@@ -1,5 +1,7 @@
 """What every decoder of the protocol does alike: check the input, leave out padding, keep what is asked for, save and load."""
 
+import functools
+import json
 import math
 import os
 from abc import ABC, abstractmethod
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from infini import checkpoint
+from infini.compiled import compile_parts
 from infini.config import ModelConfig
 from infini.errors import InputError
 from infini.layers.cross_entropy import HELD_LOGITS, token_losses
 from infini.layers.norm import RMSNorm
-from infini.state import StreamState
+from infini.state import StreamState, differences
 
 KEEP = ("all", "last", "none")
 
@@ -161,22 +164,28 @@ class Decoder(nn.Module, ABC):
             return recompute(block, *arguments, use_reentrant=False)
         return block(*arguments)
 
-    @property
-    @abstractmethod
+    @functools.cached_property
     def state_shape(self) -> str:
-        """What a state must agree in to be used with this model, as JSON."""
+        """What a state must agree in to be used with this model, as JSON: all of its configuration that takes part in computing."""
+        fields = {name: value for name, value in self.config.to_dict().items() if name not in ("tokenizer", "initializer_range")}
+        return json.dumps({"model": self.config.model_type} | fields)
 
     def enable_recompute(self, on: bool = True) -> None:
         """Keep only each block's input in training and compute the rest again in the backward pass."""
         self._recompute = on
 
     def enable_compile(self) -> None:
-        """Compile the blocks with `torch.compile` for any number of rows and segments; alike, they share their graphs."""
-        # With gradient or without, from a state or not, in a gap or not, one row or segment or more: each is a graph of its
-        # own. They are more than torch's limit of 8, beyond which blocks would run uncompiled, with no word but a warning.
+        """Compile every `infini.compiled.Part` of the blocks, for any number of rows, tokens and segments, with `torch.compile`.
+
+        They are what comes before and after attention: short convolution, projections, rotary positions, and from the sum behind
+        attention to the block's end. There is what a compiler can fuse. Local attention and memory stay as they are: fast ones
+        are kernels that it could not look into, and they depend on plan and state, of which each kind would be a graph of its own.
+        Blocks that are alike share their graphs.
+        """
+        # With gradient or without, one row or more, documents that begin inside or none, layers of several kinds: beyond torch's
+        # limit of 8 graphs a part would run uncompiled, with no word but a warning.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in self.blocks:
-            block.compile(dynamic=True)
+        compile_parts(self.blocks)
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """Parameter names by how they are trained: `decay` (matrices), `no_decay` (norms), `memory` (a rate of their own)."""
@@ -273,7 +282,7 @@ class Decoder(nn.Module, ABC):
         if not isinstance(state, self.state_class):
             raise InputError(f"the state is a {type(state).__name__}; {type(self).__name__} needs a {self.state_class.__name__}")
         if state.shape != self.state_shape:
-            raise InputError(f"the state belongs to another model: it is {state.shape}, this model needs {self.state_shape}")
+            raise InputError(f"the state belongs to another model: {differences(state.shape, self.state_shape)}")
         if state.batch_size != tokens.shape[0]:
             raise InputError(f"the state has {state.batch_size} rows, tokens have {tokens.shape[0]}; use state.select(rows)")
         if state.device != tokens.device:

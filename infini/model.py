@@ -1,41 +1,22 @@
 """InfiniTransformer: a LLaMA-like decoder whose attention carries a compressive memory."""
 
-import json
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infini.attention import InfiniAttention, empty_memory
 from infini.config import InfiniConfig, ModelConfig
 from infini.decoder import Decoder
 from infini.errors import InputError
 from infini.kernels.choice import choose_memory_backend
-from infini.layers.mlp import SwiGLU
-from infini.layers.norm import RMSNorm
+from infini.layers.block import Block
 from infini.layers.rotary import rotary_table
 from infini.local import announce_backend, choose_backend
 from infini.memory import feature_size
 from infini.protocol import Carried
 from infini.segments import SegmentPlan
 from infini.state import InfiniState, LayerState, StreamState
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: attention, then SwiGLU."""
-
-    def __init__(self, config: InfiniConfig, has_memory: bool):
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = InfiniAttention(config, has_memory)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: Tensor, state, plan, rotary, backend, use_memory, trace, maps, memory_backend) -> tuple[Tensor, LayerState]:
-        x_normed = self.attention_norm(x)
-        attended, state = self.attention(x_normed, state, plan, rotary, backend, use_memory, trace, maps, memory_backend)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), state
 
 
 class InfiniTransformer(Decoder):
@@ -68,7 +49,7 @@ class InfiniTransformer(Decoder):
     )
 
     def __init__(self, config: InfiniConfig, attention: str = "auto", memory_backend: str = "auto"):
-        super().__init__(config, lambda layer: Block(config, config.has_memory[layer]), attention)
+        super().__init__(config, lambda layer: Block(config, InfiniAttention(config, config.has_memory[layer])), attention)
         self.memory_backend = memory_backend
 
     def forward(
@@ -145,20 +126,16 @@ class InfiniTransformer(Decoder):
         rotary_dtype = torch.promote_types(torch.float32, x.dtype)
         rotary = rotary_table(plan.positions, self.config.head_dim, self.config.rope_theta, rotary_dtype)
         statistics = None if trace is None else []
-        carried = []
+        carried = None if maps is None else []
         layers = []
         for block, old in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            # A list of its own for each block: the length of a shared one would make torch.compile compile every layer apart.
-            received = None if maps is None else []
-            x, new = self._run(block, x, old, plan, rotary, backend, memory, statistics, received, memory_backend)
+            x, new = self._run(block, x, old, plan, rotary, backend, memory, statistics, carried, memory_backend)
             layers.append(new)
-            if maps is not None:
-                carried.append(received[0])
         if trace is not None:
             # A copy: a recomputing backward pass runs the blocks again and appends once more.
             trace["layers"] = list(statistics)
         if maps is not None:
-            maps.update(layers=carried, update_rule=self.config.update_rule)
+            maps.update(layers=list(carried), update_rule=self.config.update_rule)
         state = InfiniState(tuple(layers), plan.open_length, plan.tokens_seen, plan.empty, self.state_shape)
         return x, state
 
@@ -223,25 +200,6 @@ class InfiniTransformer(Decoder):
         features = feature_size(config.head_dim, config.feature_map)
         numbers = config.num_key_value_heads * features * (config.head_dim + (config.update_rule != "deltanet"))
         return numbers * sum(config.has_memory)
-
-    @property
-    def state_shape(self) -> str:
-        """What a state must agree in to be used with this model, as JSON."""
-        config = self.config
-        shape = {
-            "layers": config.num_hidden_layers,
-            "memory_layers": [i for i, has in enumerate(config.has_memory) if has],
-            "kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "features": feature_size(config.head_dim, config.feature_map),
-            "segment_length": config.segment_length,
-            "span": config.span,
-            "update_rule": config.update_rule,
-            "write_gate": config.write_gate,
-        }
-        if config.short_conv:  # named where there is one, so that states saved before there were any go on
-            shape["short_conv"] = [config.short_conv, config.hidden_size]
-        return json.dumps(shape)
 
     def _check_state(self, state: InfiniState, tokens: Tensor) -> None:
         super()._check_state(state, tokens)

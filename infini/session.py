@@ -10,6 +10,7 @@ from torch import Tensor
 
 from infini.errors import InputError
 from infini.protocol import SegmentModel
+from infini.state import differences
 from infini.tensor_file import write_tensors
 from infini.token_step import TokenStep, captured_step
 
@@ -93,7 +94,13 @@ class StreamingSession:
         Raises:
             InputError: no tokens, ids outside the vocabulary, or a batch of another size.
         """
-        ids = torch.as_tensor(ids)
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"ids are a {type(ids).__name__}, of which no tensor can be made ({error}); give integers [tokens] or [batch, tokens]: "
+                "text is encoded by a tokenizer, rows of unequal length are padded"
+            ) from None
         if ids.dim() == 1:
             ids = ids.unsqueeze(0)
         if ids.numel() == 0:
@@ -218,14 +225,14 @@ class StreamingSession:
         """
         self.state.save(path)
         logits = {} if self._logits is None else {"logits": self._logits}
-        write_tensors(f"{os.fspath(path)}.next", logits | {"tokens_seen": self._seen})
+        write_tensors(f"{os.fspath(path)}.next", logits | {"tokens_seen": self._seen, "weights": _sample(self.model)})
 
     @classmethod
     def restore(cls, path: str | os.PathLike, model: SegmentModel, piece: int = 4096) -> Self:
         """Go on from what `save` wrote, on the device of `model`.
 
         Raises:
-            InputError: a file is missing or damaged, or belongs to another model or another save.
+            InputError: a file is missing or damaged, or belongs to another model, to other weights or another save.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -233,7 +240,7 @@ class StreamingSession:
         device = next(model.parameters()).device
         state = model.state_class.load(path, device)
         if state.shape != model.state_shape:
-            raise InputError(f"{path} belongs to another model: it is {state.shape}, this model needs {model.state_shape}")
+            raise InputError(f"{path} belongs to another model: {differences(state.shape, model.state_shape)}")
         try:
             rest = load_file(f"{os.fspath(path)}.next")
         except (OSError, SafetensorError) as error:
@@ -246,12 +253,21 @@ class StreamingSession:
                 f"{path}.next is not of the same save as {path}, one of them is older; go on from the state alone with "
                 f"StreamingSession(model, state={type(state).__name__}.load(path)), and feed it a token"
             )
+        weights = _sample(model)
+        if "weights" in rest and not torch.allclose(rest["weights"], weights, rtol=2**-6, atol=2**-10):  # the same in any dtype
+            raise InputError(f"{path} was read by a model with other weights; load these, or read the text again")
         if logits is not None:
             session._logits, session._known = logits.to(device), ~logits.isnan().all(dim=1)
         return session
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _sample(model: SegmentModel) -> Tensor:
+    """Some numbers of every parameter, fp32 on the CPU: enough to tell models of one shape apart."""
+    drawn = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64] for p in model.parameters()]
+    return torch.cat([numbers.float() for numbers in drawn]).cpu()
 
 
 def fetch(token: Tensor) -> Callable[[], Tensor]:

@@ -4,6 +4,7 @@ A state belongs to a model's shape and to a batch; both are checked when it is u
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -218,3 +219,16 @@ class InfiniState(StreamState):
     tokens_seen: Tensor
     empty: Tensor
     shape: str
+
+
+def differences(found: str, needed: str) -> str:
+    """In which fields two models' `state_shape` differ, for an error.
+
+    Example:
+        >>> differences('{"layers": 2, "span": 8}', '{"layers": 4, "span": 8}')
+        'it has layers=2, this model layers=4'
+    """
+    one, other = json.loads(found), json.loads(needed)
+    names = [name for name in one | other if one.get(name) != other.get(name)]
+    told = (", ".join(f"{name}={fields.get(name)}" for name in names) for fields in (one, other))
+    return "it has {}, this model {}".format(*told)

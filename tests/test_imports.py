@@ -26,14 +26,14 @@ LEVELS = [
     {"checkpoint"},
     {"state"},
     {"layers", "local", "memory"},
-    {"kernels", "causal", "config", "segments", "tokenizer_file"},
+    {"kernels", "causal", "compiled", "config", "segments", "tokenizer_file"},
     {"field_types"},
     {"protocol", "errors", "tensor_file"},
     {"reference"},
 ]
 HEIGHT = {part: -line for line, parts in enumerate(LEVELS) for part in parts}
 OPEN_TO_TASKS = {"protocol", "session", "data", "report", "errors"}
-OPEN_TO_BASELINES = OPEN_TO_TASKS | {"local", "layers", "memory", "segments", "state", "config", "decoder"}
+OPEN_TO_BASELINES = OPEN_TO_TASKS | {"local", "layers", "memory", "segments", "state", "compiled", "config", "decoder"}
 # Libraries that one part of infini alone may import: the door to each.
 DOORS = {"hydra": "cli", "omegaconf": "cli", "transformers": "hf", "matplotlib": "report"}
 DOORS |= {"lm_eval": "evaluate", "flash_attn": "causal", "flash_attn_interface": "causal", "triton": "kernels"}

@@ -1,7 +1,6 @@
 """A LLaMA-like decoder with plain causal attention: the whole text, or a sliding window."""
 
 import copy
-import json
 from typing import ClassVar
 
 import torch
@@ -86,12 +85,6 @@ class FullTransformer(Decoder):
         kept = tokens if config.window is None else min(tokens, config.window - 1)
         numbers = config.num_hidden_layers * kept * 2 * config.num_attention_heads * config.head_dim
         return Carried(numbers, numbers * self.embedding.weight.element_size())
-
-    @property
-    def state_shape(self) -> str:
-        """What a state must agree in to be used with this model, as JSON."""
-        names = ("num_hidden_layers", "num_attention_heads", "head_dim", "window", "rope_theta")
-        return json.dumps({"model": "full"} | {name: getattr(self.config, name) for name in names})
 
 
 def _own_segment(plan: SegmentPlan, positions: torch.Tensor, segment_length: int) -> SegmentPlan:

@@ -1,6 +1,5 @@
 """A decoder of Gated DeltaNet layers and sliding-window attention in turn."""
 
-import json
 from typing import ClassVar
 
 import torch
@@ -117,9 +116,3 @@ class GatedDeltaNet(Decoder):
         text = recurrent * min(tokens, config.conv_size - 1) * heads * (2 * config.key_head_dim + config.head_dim)
         text += (config.num_hidden_layers - recurrent) * 2 * min(tokens, config.window - 1) * heads * config.head_dim
         return Carried(matrices + text, max(4, number) * matrices + number * text)
-
-    @property
-    def state_shape(self) -> str:
-        """What a state must agree in to be used with this model, as JSON."""
-        names = ("num_hidden_layers", "num_attention_heads", "head_dim", "key_head_dim", "conv_size", "window", "rope_theta")
-        return json.dumps({"model": "gated_deltanet"} | {name: getattr(self.config, name) for name in names})

@@ -1,7 +1,6 @@
 """Memorizing Transformer: Transformer-XL with rotary positions, and a memory of keys and values in one layer."""
 
-import json
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -105,13 +104,6 @@ class MemorizingTransformer(Decoder):
         numbers = config.num_hidden_layers * min(tokens, config.memory_length) * config.hidden_size
         numbers += 2 * min(tokens, config.memory_size) * config.num_attention_heads * config.head_dim
         return Carried(numbers, numbers * self.embedding.weight.element_size())
-
-    @property
-    def state_shape(self) -> str:
-        """What a state must agree in to be used with this model, as JSON."""
-        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim", "segment_length", "memory_length")
-        shape: dict[str, Any] = {name: getattr(self.config, name) for name in (*names, "memory_size", "memory_layer")}
-        return json.dumps({"model": "memorizing"} | shape)
 
     @property
     def _line(self) -> int:

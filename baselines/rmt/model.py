@@ -1,6 +1,5 @@
 """Recurrent Memory Transformer: segments in a row, the last outputs of some tokens being the first inputs of the next segment's."""
 
-import json
 from typing import ClassVar
 
 import torch
@@ -130,12 +129,6 @@ class RecurrentMemoryTransformer(Decoder):
         """
         numbers = self.initial_memory.numel() if tokens >= self.config.segment_length else 0
         return Carried(numbers, numbers * self.initial_memory.element_size())
-
-    @property
-    def state_shape(self) -> str:
-        """What a state must agree in to be used with this model, as JSON."""
-        names = ("hidden_size", "segment_length", "num_memory_tokens")
-        return json.dumps({"model": "rmt"} | {name: getattr(self.config, name) for name in names})
 
 
 def _where(rows: Tensor, there: Tensor, elsewhere: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Transformer-XL: segments in a row, each with a cache of the hidden states before it."""
 
-import json
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from baselines.cache import CachePlan, cache_positions
 from baselines.transformer_xl.attention import CachedAttention, sinusoids
 from baselines.transformer_xl.config import TransformerXLConfig
 from baselines.transformer_xl.state import CacheLayer, CacheState
+from infini.compiled import TokenPart
 from infini.config import ModelConfig
 from infini.decoder import Decoder
 from infini.protocol import Carried
@@ -20,10 +20,19 @@ from infini.state import StreamState
 class PostNormBlock(Block):
     """The published order: branch, sum, norm."""
 
+    def __init__(self, config: TransformerXLConfig, attention: nn.Module):
+        super().__init__(config, attention)
+        self.finish = TokenPart(finish, 2)
+
     def forward(self, x: Tensor, *arguments) -> tuple:
         attended, state = self.attention(x, *arguments)
-        x = self.attention_norm(x + attended)
-        return self.mlp_norm(x + self.mlp(x)), state
+        return self.finish(self, x, attended), state
+
+
+def finish(block: PostNormBlock, x: Tensor, attended: Tensor) -> Tensor:
+    """What a block does after its attention."""
+    x = block.attention_norm(x + attended)
+    return block.mlp_norm(x + block.mlp(x))
 
 
 class TransformerXL(Decoder):
@@ -112,13 +121,6 @@ class TransformerXL(Decoder):
         groups["decay"] = [name for name in groups["decay"] if name not in biases]
         groups["no_decay"] += biases
         return groups
-
-    @property
-    def state_shape(self) -> str:
-        """What a state must agree in to be used with this model, as JSON."""
-        names = ("num_hidden_layers", "hidden_size", "segment_length", "memory_length", "norm")
-        shape: dict[str, Any] = {name: getattr(self.config, name) for name in names}
-        return json.dumps({"model": "transformer_xl"} | shape)
 
     @property
     def _line(self) -> int:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ class Command:
         if self.stop == "":
             raise InputError("stop is empty; give the text that ends an answer, or null")
         path = Path(self.prompt_file)
+        if path.exists() and not path.is_file():
+            raise InputError(f"prompt_file is {self.prompt_file!r}, which is no regular file; give a text file on a disk")
         if not path.is_file():
             raise InputError(f"prompt_file is {self.prompt_file!r}; there is no such file")
         if path.stat().st_size == 0:
@@ -119,9 +122,11 @@ def _read_file(command: Command, model, tokenizer):
     session, digest, done = StreamingSession(model, piece=command.piece), hashlib.sha256(), 0
     weights = fingerprint(model) if command.session else None
     with open(path, "rb", buffering=0) as file, StopRequest() as interrupt:
-        if command.session and Path(command.session).exists():
+        if command.session and Path(command.session).is_file():
             session = StreamingSession.restore(command.session, model, command.piece)
-            done = _go_on(command, file, digest, weights)
+            done = _go_on(command, file, digest, weights, session.tokens_seen)
+        if command.session and done < size:
+            _require_place(Path(command.session), session.state_bytes + 4 * model.config.vocab_size)
         started, begun, before, waiting = time.perf_counter(), done, session.tokens_seen, b""
         with tqdm(total=size, initial=done, unit="B", unit_scale=True, desc=f"reading {path.name}", disable=None) as bar:
             while part := file.read(command.piece):
@@ -160,7 +165,20 @@ def _cut(tokenizer, text: bytes) -> tuple[bytes, bytes]:
     return text[:whole], text[whole:]
 
 
-def _go_on(command: Command, file, digest, weights: str) -> int:
+def _require_place(session: Path, numbers: int) -> None:
+    """Refuse, before a text is read for hours, a file in which the session could not be kept afterwards."""
+    folder, needed = session.absolute().parent, numbers + 2**16  # and what files say about themselves
+    if session.is_dir():
+        raise InputError(f"session is {str(session)!r}, which is a folder; name a file in it")
+    if not folder.is_dir():
+        raise InputError(f"session is {str(session)!r}, but there is no folder {str(folder)!r}; make it, or name a file elsewhere")
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise InputError(
+            f"session is {str(session)!r}, but only {free:,} bytes are free there and it needs {needed:,}: name a file on another disk"
+        )
+
+
+def _go_on(command: Command, file, digest, weights: str, tokens: int) -> int:
     """Moves behind what the saved session has read of the file, which must be the same text; returns how much."""
     note = _note(command)
     try:
@@ -168,6 +186,8 @@ def _go_on(command: Command, file, digest, weights: str) -> int:
         done, text, model = saved["bytes"], saved["text_sha256"], saved["weights_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{note} cannot be read ({error}); it belongs to the saved session: name another session file") from None
+    if saved.get("tokens", tokens) != tokens:
+        raise InputError(f"{note} is of an older save than {command.session}; name another session file")
     if model != weights:
         raise InputError(f"{command.session} was read by a model with other weights; name another session file")
     left = done
@@ -181,10 +201,11 @@ def _go_on(command: Command, file, digest, weights: str) -> int:
 
 def _save(command: Command, session, done: int, digest, weights: str) -> None:
     note = _note(command)
-    note.unlink(missing_ok=True)  # never beside a state that is not its own
     session.save(command.session)
+    # Last: where the disk is full, the session before it is whole. What was cut off between is known by its count of tokens.
+    read = {"bytes": done, "tokens": session.tokens_seen, "text_sha256": digest.hexdigest(), "weights_sha256": weights}
     part = note.with_name(note.name + ".part")
-    part.write_text(json.dumps({"bytes": done, "text_sha256": digest.hexdigest(), "weights_sha256": weights}) + "\n")
+    part.write_text(json.dumps(read) + "\n")
     os.replace(part, note)
 
 

@@ -45,16 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
         0; 2 after input that cannot be used or a full disk; 130 after Ctrl-C.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        print(_help())
-        return 0
-    if name == "--version":
-        print(metadata.version("infini-attention"))
-        return 0
     try:
-        if name not in COMMANDS:
+        if name in ("-h", "--help"):
+            print(_help())
+        elif name == "--version":
+            print(metadata.version("infini-attention"))
+        elif name not in COMMANDS:
             raise InputError(f"there is no command {name!r}: use one of {', '.join(COMMANDS)}")
-        importlib.import_module(f"infini.cli.{name}").run(rest)
+        else:
+            importlib.import_module(f"infini.cli.{name}").run(rest)
         sys.stdout.flush()
     except InputError as error:
         return _fail(str(error))

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from infini.errors import InputError
 
 if TYPE_CHECKING:
+    from infini.hf.adapters import load_gates as load_gates
+    from infini.hf.adapters import save_gates as save_gates
     from infini.hf.adapters import train_gates as train_gates
     from infini.hf.byte_tokenizer import InfiniByteTokenizer as InfiniByteTokenizer
     from infini.hf.cache import InfiniCache as InfiniCache
@@ -28,6 +30,8 @@ _HOMES = {
     "InfiniCache": "cache",
     "InfiniForCausalLM": "model",
     "InfiniHFConfig": "config",
+    "load_gates": "adapters",
+    "save_gates": "adapters",
     "train_gates": "adapters",
 }
 __all__ = list(_HOMES)

@@ -1,16 +1,26 @@
 """PEFT adapters beside gates that go on learning."""
 
-from torch import nn
+import os
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from infini.checkpoint import require_finite
 from infini.errors import InputError
 from infini.hf.model import InfiniForCausalLM
+from infini.tensor_file import write_tensors
+
+GATES_FILE = "gates.safetensors"
 
 
 def train_gates(model: nn.Module) -> list[str]:
     """Let the memory's own parameters learn beside an adapter: gates, write gates, scales and biases.
 
-    PEFT freezes all that is not an adapter, and its adapter file holds adapters alone. What this function frees is kept by
-    `model.merge_and_unload().save_pretrained(folder)`, which writes a whole checkpoint.
+    PEFT freezes all that is not an adapter, and its adapter file holds adapters alone, that of a `Trainer`'s checkpoint too. What
+    this function frees is kept by `save_gates`, or by `model.merge_and_unload().save_pretrained(folder)`, which writes a whole checkpoint.
 
     Args:
         model: what `peft.get_peft_model` returned, or an `InfiniForCausalLM`.
@@ -29,6 +39,52 @@ def train_gates(model: nn.Module) -> list[str]:
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ['model.blocks.0.attention.beta']
     """
+    gates = _gates(model)
+    for parameter in gates.values():
+        parameter.requires_grad_(True)
+    return list(gates)
+
+
+def save_gates(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write what `train_gates` frees to `gates.safetensors`, for example beside an adapter.
+
+    Args:
+        model: as in `train_gates`.
+        folder: made if it is missing.
+
+    Raises:
+        InputError: as `train_gates`.
+    """
+    gates = _gates(model)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_tensors(Path(folder) / GATES_FILE, gates)
+
+
+@torch.no_grad()
+def load_gates(model: nn.Module, folder: str | os.PathLike) -> list[str]:
+    """Put back what `save_gates` wrote, after the adapter is loaded; returns the names as `train_gates` does.
+
+    Raises:
+        InputError: as `train_gates`, or the file is missing, damaged, of another model or not finite.
+    """
+    gates, path = _gates(model), Path(folder) / GATES_FILE
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}); it is written by save_gates") from None
+    missing, extra = sorted(gates.keys() - found.keys()), sorted(found.keys() - gates.keys())
+    if missing or extra:
+        raise InputError(f"{path} belongs to another model: missing {missing[:3]}, unexpected {extra[:3]}")
+    for name, tensor in found.items():
+        if tensor.shape != gates[name].shape:
+            raise InputError(f"{path} belongs to another model: {name} is {list(tensor.shape)}, not {list(gates[name].shape)}")
+    require_finite(path, found)
+    for name, parameter in gates.items():
+        parameter.copy_(found[name])
+    return list(gates)
+
+
+def _gates(model: nn.Module) -> dict[str, Tensor]:
     found = [module for module in model.modules() if isinstance(module, InfiniForCausalLM)]
     if not found:
         raise InputError(f"{type(model).__name__} holds no InfiniForCausalLM; give the model that get_peft_model returned")
@@ -37,6 +93,4 @@ def train_gates(model: nn.Module) -> list[str]:
     names = [name for name in transformer.parameter_groups()["memory"] if "lora_" not in name]
     if not names:
         raise InputError("the model has no memory in any layer; there are no gates to train")
-    for name in names:
-        transformer.get_parameter(name).requires_grad_(True)
-    return names
+    return {name: transformer.get_parameter(name) for name in names}

@@ -21,8 +21,8 @@ from infini.model import InfiniTransformer
 
 # Backends of local attention by transformers' names.
 _BACKENDS = {None: "auto", "sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash"}
-# Arguments that mean nothing here unless they ask for something.
-_UNASKED = {"output_attentions", "output_hidden_states", "return_dict"}
+# Arguments that mean nothing here unless they ask for something; the tokenizer of `stop_strings` is handed on by `generate`.
+_UNASKED = {"output_attentions", "output_hidden_states", "return_dict", "tokenizer"}
 
 
 class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
@@ -180,14 +180,16 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs: Any):
         """As `GenerationMixin.generate`, for prompts of any length.
 
-        With a cache that has read something, give the new tokens alone and `attention_mask=cache.attention_mask(new)`.
+        With a cache that has read something, give the new tokens alone and `attention_mask=cache.attention_mask(new)`; for beams
+        and several answers its rows are repeated here, unless that is done already.
 
         Raises:
             InputError: no prompt, nothing to generate, padding on the right or in the middle, a cache without its mask, or
                 a kind of cache or of decoding that a fixed state does not have.
         """
         config = generation_config or self.generation_config
-        asked = {name: kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "use_cache", "cache_implementation")}
+        names = ("max_new_tokens", "use_cache", "cache_implementation", "num_beams", "num_return_sequences")
+        asked = {name: kwargs.get(name, getattr(config, name, None)) for name in names}
         if asked["cache_implementation"] is not None:
             raise InputError(f"cache_implementation is {asked['cache_implementation']!r}; this model has an InfiniCache only")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -195,6 +197,8 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         check_prompt(ids, kwargs.get("attention_mask"), cache, asked["max_new_tokens"])
         if cache is not None:
             kwargs["past_key_values"] = cache
+            if cache.state is not None and cache.state.batch_size == len(ids):
+                cache.batch_repeat_interleave(max(asked["num_beams"] or 1, asked["num_return_sequences"] or 1))
         return super().generate(inputs, generation_config, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:

@@ -59,7 +59,8 @@ def check_prompt(ids: Tensor | None, mask: Tensor | None, cache: InfiniCache | N
         max_new_tokens: asked for; None: not said.
 
     Raises:
-        InputError: nothing to continue, nothing to generate, padding on the right, or a cache without the mask of what it read.
+        InputError: nothing to continue, nothing to generate, a mask of another shape, padding on the right, or a cache without
+            the mask of what it read.
     """
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; generate at least 1 (to read only, call the model or a session)")
@@ -68,6 +69,8 @@ def check_prompt(ids: Tensor | None, mask: Tensor | None, cache: InfiniCache | N
         raise InputError(f"the prompt is {found}; give input_ids [batch, tokens] with at least one token")
     if cache is not None and cache.columns:
         _check_continuation(ids, mask, cache)
+    elif mask is not None and mask.shape != ids.shape:  # transformers drops a mask of ones before anybody looks at its shape
+        raise InputError(f"attention_mask is {list(mask.shape)}; it must be {list(ids.shape)}, like input_ids")
     if mask is not None and not bool(mask[:, -1].all()):
         raise InputError("attention_mask ends with padding; pad prompts on the left (tokenizer.padding_side = 'left')")
 

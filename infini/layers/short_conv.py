@@ -25,23 +25,34 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(taps, channels))
 
-    def forward(self, x: Tensor, before: Tensor | None, plan: SegmentPlan) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, before: Tensor, in_document: Tensor | None) -> Tensor:
         """Convolve the new tokens.
 
         Args:
             x: `[batch, tokens, D]`.
-            before: the last `taps` inputs before them, the newest at the end, zeros where the document has fewer; None: no text.
-            plan: the places of the tokens.
+            before: the inputs before them, see `before`.
+            in_document: place of each token in its document `[batch, tokens]`; None where no document begins among them.
 
         Returns:
-            y like `x`, and the last `taps` inputs now.
+            y like `x`.
         """
         taps = len(self.weight)
-        before = x.new_zeros(x.shape[0], taps, x.shape[2]) if before is None else before.to(x.dtype)
         line, weight, y = torch.cat([before, x], dim=1), self.weight.to(x.dtype), x
         for back in range(1, taps + 1):
             earlier = line[:, taps - back : line.shape[1] - back]
-            if plan.in_document is not None:
-                earlier = earlier * (plan.in_document >= back).unsqueeze(-1)
+            if in_document is not None:
+                earlier = earlier * (in_document >= back).unsqueeze(-1)
             y = y + weight[back - 1] * earlier
-        return y, plan.latest(line, taps)
+        return y
+
+    def before(self, x: Tensor, carried: Tensor | None) -> Tensor:
+        """The last `taps` inputs before `x` in its dtype, the newest at the end, zeros where the document has fewer; None: no text."""
+        if carried is None:
+            return x.new_zeros(x.shape[0], len(self.weight), x.shape[2])
+        return carried.to(x.dtype)
+
+    def latest(self, x: Tensor, before: Tensor, plan: SegmentPlan) -> Tensor:
+        """The last `taps` inputs behind `x`, which came after `before`: what the state carries on."""
+        taps = len(self.weight)
+        recent = x[:, -taps:] if plan.uniform else x
+        return plan.latest(torch.cat([before, recent], dim=1), taps)

@@ -76,8 +76,10 @@ def save_checkpoint(
             torch.save(content, file)
             if streams is not None:
                 streams.save(temporary)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        # Where the disk fills up inside a tensor, torch's writer ends its file once more and fails with words of its own about it.
+        system = error if isinstance(error, OSError) else error.__context__
+        if getattr(system, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         kept = f"the checkpoint of step {_step(older[-1])} is intact" if older else "none is lost"
         raise InputError(

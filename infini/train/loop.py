@@ -22,6 +22,7 @@ from infini.data.loader import BatchSource, load_batches
 from infini.errors import InputError
 from infini.report.record import make_record, read_record, write_record
 from infini.train.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from infini.train.compile_watch import CompileWatch
 from infini.train.held_out import HeldOut
 from infini.train.interrupt import StopRequest
 from infini.train.long_gap import require_linear
@@ -183,7 +184,7 @@ def _run_steps(
     )
     window = Window(settings.token_weight)
 
-    with StopRequest() as stop, bar:
+    with StopRequest() as stop, CompileWatch(settings.compile) as compiler, bar:
         while progress.step < settings.steps and not held_out.over(progress):
             batches = [next(data) for _ in range(settings.accumulation)]
             rate = learning_rate_at(progress.step, settings)
@@ -192,6 +193,7 @@ def _run_steps(
                 called, optimizer, batches, settings.clip, device, schedule, settings.token_weight, streams
             )
             progress.step += 1
+            compiler.tell(progress.step)
             for batch in batches:
                 progress.reached(*reach_of(batch, settings.bptt_segments, streams.tokens_seen(batch), settings.gap_gradient_segments))
             window.add(progress.step, result)
@@ -218,10 +220,10 @@ def _run_steps(
             if probes:
                 if batches[-1].segments > 1:  # a single segment asks nothing of the memory
                     gates.check()
-                # A probe comes seldom and asks for statistics: nothing to compile for.
-                with torch.compiler.set_stance("force_eager"):
-                    loss_of = partial(schedule.loss, state=streams.start)  # the start that the step had
-                    probe = knock_out(loss_of, called, batches[-1].to(device))
+                # Behind the first step this also compiles what is read without gradient, a long gap or a replay, later on.
+                loss_of = partial(schedule.loss, state=streams.start)  # the start that the step had
+                probe = knock_out(loss_of, called, batches[-1].to(device))
+                compiler.tell(progress.step)
                 log.write({"step": progress.step, **probe})
             if validates:
                 log.write(held_out.measure(model, device, progress))

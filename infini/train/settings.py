@@ -48,7 +48,9 @@ class TrainSettings:
             ``replay_segments`` or ``bptt_segments``, see :mod:`infini.train.long_gap`. None: none of them.
         loss_tokens: tokens whose logits exist at a time while the loss is computed; the same numbers for any. None: as many as
             make 256 MiB of them.
-        compile: compile the model's blocks, for any number of rows and segments; the first steps take minutes.
+        compile: compile what the model's blocks do before and after attention, see :meth:`infini.decoder.Decoder.enable_compile`. The
+            first step waits for it, and in a later one the first batch of a single row; the log says so. Results
+            differ by rounding.
         seed: Python, NumPy and torch random states at the start.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         log_every: steps between lines of metrics; the host waits for the device only then.

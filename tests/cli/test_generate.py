@@ -1,6 +1,7 @@
 """`infini generate`: a file of any size, then questions; a saved session goes on."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,6 +176,51 @@ def test_a_saved_session_asks_at_once_and_notices_another_text_or_model(checkpoi
     assert "read.st.text.json cannot be read" in capsys.readouterr().err
 
 
+def test_a_session_that_cannot_be_written_is_refused_before_the_text_is_read(checkpoint, book, monkeypatch, capsys):
+    asked = ["generate", f"checkpoint={checkpoint}", "prompt_file=book.txt", "max_new_tokens=9"]
+    monkeypatch.setattr(StreamingSession, "feed", lambda *_: pytest.fail("the text was read"))
+    assert cli.main([*asked, "session=nowhere/read.st"]) == 2
+    assert "session is 'nowhere/read.st', but there is no folder" in capsys.readouterr().err
+    assert cli.main([*asked, "session=."]) == 2
+    assert "session is '.', which is a folder; name a file" in capsys.readouterr().err
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 5000}))
+    assert cli.main([*asked, "session=read.st"]) == 2
+    needed = InfiniTransformer.from_pretrained(checkpoint).state_bytes(0)
+    found = re.search(r"session is 'read.st', but only 5,000 bytes are free there and it needs ([\d,]+): name", capsys.readouterr().err)
+    assert needed < int(found[1].replace(",", "")) < needed + 2**17
+
+
+def test_a_saved_session_is_asked_where_nothing_more_can_be_written(checkpoint, book, monkeypatch, capsys):
+    asked = ["generate", f"checkpoint={checkpoint}", "prompt_file=book.txt", "max_new_tokens=9", "session=read.st"]
+    assert cli.main(asked) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
+    assert cli.main(asked) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_full_disk_leaves_the_saved_session_as_it_was(checkpoint, book, tmp_path, monkeypatch, capsys):
+    asked = ["generate", f"checkpoint={checkpoint}", "prompt_file=book.txt", "max_new_tokens=9", "session=read.st"]
+    assert cli.main(asked) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("read.st*")}
+    book.write_bytes(TEXT + b"And so on.")
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("infini.state.write_tensors", no_space)
+        assert cli.main(asked) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("read.st*")} == before
+    capsys.readouterr()
+    assert cli.main(asked) == 0
+    assert capsys.readouterr().out == next(answers(checkpoint, TEXT + b"And so on.", [b""], 9)) + "\n"
+    # A process that dies between the session and the note on its text leaves the note of an older one.
+    (tmp_path / "read.st.text.json").write_bytes(before["read.st.text.json"])
+    assert cli.main(asked) == 2
+    assert "read.st.text.json is of an older save than read.st" in capsys.readouterr().err
+
+
 def test_ctrl_c_while_reading_keeps_what_was_read(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = TEXT * 60
@@ -220,7 +266,8 @@ def test_the_file_is_never_in_memory_whole(checkpoint, book, monkeypatch):
     [
         ([], "prompt_file is missing: give prompt_file=..."),
         (["prompt_file=nowhere.txt"], "prompt_file is 'nowhere.txt'; there is no such file"),
-        (["prompt_file=."], "prompt_file is '.'; there is no such file"),
+        (["prompt_file=."], "prompt_file is '.', which is no regular file"),
+        (["prompt_file=/dev/null"], "prompt_file is '/dev/null', which is no regular file"),
         (["prompt_file=empty.txt"], "prompt_file 'empty.txt' is empty"),
         (["prompt_file=book.txt", "max_new_tokens=0"], "max_new_tokens is 0; it must be at least 1"),
         (["prompt_file=book.txt", "piece=0"], "piece is 0; it must be at least 1"),

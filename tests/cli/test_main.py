@@ -196,9 +196,19 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_a_full_disk_under_the_output_is_said(asked):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*COMMAND, asked], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: No space left on device: free some space") and "Traceback" not in result.stderr
+
+
 def test_output_that_nobody_reads_on_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    result = subprocess.run([*COMMAND, "passkey", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    for asked in (["passkey", "--help"], ["--help"]):
+        result = subprocess.run([*COMMAND, *asked], stdout=writer, stderr=subprocess.PIPE, text=True)
+        assert (result.returncode, result.stderr) == (141, "")
     os.close(writer)
-    assert (result.returncode, result.stderr) == (141, "")

@@ -16,7 +16,10 @@ def stock(transformer):
 
     model = InfiniForCausalLM(InfiniHFConfig(**transformer.config.to_dict())).eval()
     model.model.load_state_dict(transformer.state_dict())
-    return lambda batch_size: HFLM(pretrained=model, tokenizer=InfiniByteTokenizer(), batch_size=batch_size, device="cpu")
+    def wrapped(batch_size, **options):
+        return HFLM(pretrained=model, tokenizer=InfiniByteTokenizer(), batch_size=batch_size, device="cpu", **options)
+
+    return wrapped
 
 
 def answers(lm, texts=TEXTS):
@@ -36,6 +39,17 @@ def test_batches_of_four_are_batches_of_one_and_ours(stock, transformer):
     assert answers(stock(4)) == answers(stock(1)) == answers(ours)
     assert scores(stock(4)) == pytest.approx(scores(stock(1)), rel=1e-5)
     assert scores(stock(4)) == pytest.approx(scores(ours), rel=1e-5)
+
+
+def whole(lm):
+    return lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(TEXTS)], disable_tqdm=True)
+
+
+def test_whole_texts_are_scored_alike_after_the_same_first_token(stock, transformer):
+    """Before a text stock puts the tokenizer's end, byte 0, which no training saw; the README says how it puts ours there."""
+    ours = whole(InfiniLM(pretrained=transformer, batch_size=4))
+    assert whole(stock(1, prefix_token_id=10)) == pytest.approx(ours, rel=1e-5)
+    assert whole(stock(1)) != pytest.approx(ours, rel=1e-3)
 
 
 def test_a_long_prompt_is_not_cut(stock, transformer):

@@ -101,6 +101,21 @@ def test_a_streamer_gets_the_text_and_criteria_stop(model):
     assert torch.equal(with_eos, stopped)
 
 
+def test_strings_stop_too(model, tmp_path):
+    tokenizer = InfiniByteTokenizer()
+    prompt = tokenizer("a short text to go on from", return_tensors="pt")
+    with torch.no_grad():
+        model.model.embedding.weight[128:] = 0  # every byte a letter of its own
+    answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt.input_ids.shape[1] :])
+    stop = answer[5:7]
+    found = model.generate(**prompt, max_new_tokens=20, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert tokenizer.decode(found[0, prompt.input_ids.shape[1] :]) == answer[: answer.index(stop) + 2] != answer
+    model.save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path))
+    asked = dict(max_new_tokens=20, do_sample=False, return_full_text=False, stop_sequence=stop)
+    assert generator("a short text to go on from", **asked)[0]["generated_text"] == answer[: answer.index(stop) + 2]
+
+
 def test_a_row_that_has_ended_does_not_disturb_the_others(model, ids):
     rows = padded(ids, (0, 9, 31))
     free = model.generate(**rows, max_new_tokens=15, do_sample=False)[:, 45:]
@@ -130,6 +145,24 @@ def test_many_questions_to_one_text(model, ids):
                 whole, attention_mask=torch.ones_like(whole), past_key_values=copy.copy(cache), max_new_tokens=9, do_sample=False
             )
             assert torch.equal(full[0, -9:], found[0, -9:])
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["as-read", "repeated-before"])
+def test_beams_and_several_answers_go_on_from_a_cache(model, ids, repeated):
+    rows = padded(ids, (2, 9, 31))
+    cache = InfiniCache()
+    model(rows["input_ids"][:, :35], attention_mask=rows["attention_mask"][:, :35], past_key_values=cache)
+    for asked in (dict(num_beams=4, num_return_sequences=2, length_penalty=0.0), dict(num_beams=1, num_return_sequences=4)):
+        asked |= dict(max_new_tokens=8, do_sample=asked["num_beams"] == 1)
+        torch.manual_seed(0)
+        expected = model.generate(**rows, **asked)
+        own = copy.copy(cache)
+        if repeated:  # as transformers' own caches want it
+            own.batch_repeat_interleave(4)
+        torch.manual_seed(0)
+        found = model.generate(ids[:, 35:], attention_mask=rows["attention_mask"], past_key_values=own, **asked)
+        assert torch.equal(found[:, 10:], expected[:, 45:])
+    assert cache.state.batch_size == 3
 
 
 def test_going_on_from_a_padded_batch(model, ids):
@@ -165,6 +198,8 @@ def test_the_pipeline_from_a_folder(model, tmp_path):
         ({"inputs": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is \\[1, 0\\]"),
         ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1]])}, "has a hole"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "ends with padding; pad prompts on the left"),
+        ({"attention_mask": torch.ones(1, 4)}, r"attention_mask is \[1, 4\]; it must be \[1, 5\], like input_ids"),
+        ({"attention_mask": torch.ones(2, 5)}, r"attention_mask is \[2, 5\]; it must be \[1, 5\], like input_ids"),
         ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
         ({"past_key_values": (1, 2)}, "past_key_values is a tuple"),
     ],

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 import infini
 from infini.errors import InputError
-from infini.hf import InfiniForCausalLM, InfiniHFConfig, train_gates
+from infini.hf import InfiniForCausalLM, InfiniHFConfig, load_gates, save_gates, train_gates
 from tests.hf.conftest import LONG, SHAPE
 
 
@@ -89,6 +90,30 @@ def test_lora_trains_adapters_and_gates_alone_and_merges_into_a_checkpoint(make,
     for name, parameter in merged_again.named_parameters():
         torch.testing.assert_close(parameter, start[name] if name.removeprefix("model.") in gates else merged.get_parameter(name))
     assert found.shape == (1, 45)
+
+    # Beside it they can be kept, and put back.
+    save_gates(model, adapter)
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()
+    assert load_gates(again, adapter) == gates
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gates_that_do_not_fit_are_refused(make, tmp_path):
+    with pytest.raises(InputError, match=r"gates.safetensors cannot be read .* written by save_gates"):
+        load_gates(make(), tmp_path)
+    save_gates(make(memory_layers=[0]), tmp_path)
+    with pytest.raises(InputError, match=r"belongs to another model: missing \['blocks.1.attention.beta'\], unexpected \[\]"):
+        load_gates(make(), tmp_path)
+    model = make(memory_layers=[0])
+    with torch.no_grad():
+        model.model.blocks[0].attention.beta[1] = float("nan")
+    save_gates(model, tmp_path)
+    with pytest.raises(InputError, match="beta holds a NaN"):
+        load_gates(make(memory_layers=[0]), tmp_path)
+    save_file({"blocks.0.attention.beta": torch.zeros(7)}, tmp_path / "gates.safetensors")
+    with pytest.raises(InputError, match=r"belongs to another model: blocks.0.attention.beta is \[7\], not \[4\]"):
+        load_gates(make(memory_layers=[0]), tmp_path)
 
 
 def test_gates_of_another_model_are_refused():

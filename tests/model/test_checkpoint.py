@@ -114,7 +114,7 @@ def change_config(folder, **changes):
         ({"colour": "red"}, r"unknown fields \['colour'\]; known are"),
         ({"update_rule": "hebb"}, "update_rule is 'hebb'; it must be one of linear, delta"),
         ({"gate_when_empty": "false"}, "gate_when_empty is 'false'; it must be true or false"),
-        ({"model_type": "llama"}, "does not describe a model of this library"),
+        ({"model_type": "llama"}, "is of another model: model_type is 'llama', not 'infini'; load it with the class of that model"),
         ({"format": "infini-9"}, "has format 'infini-9'; this version reads 'infini-1'"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -1,38 +1,46 @@
-"""Compiled blocks compute the same, for any number of rows and segments."""
+"""Compiled blocks compute the same, for any number of rows and segments, from a state or not."""
 
 import pytest
 import torch
 
 from infini import InfiniConfig, InfiniTransformer
 
-SHAPES = [(3, 64), (2, 96), (4, 33)]
+SHAPES = [(3, 64), (2, 96), (4, 33), (1, 40)]
 
 
 def outputs(model: InfiniTransformer, device: str) -> list[torch.Tensor]:
-    """Logits and one gradient for every shape."""
+    """Logits of a text in two pieces, and gradients, for every shape; and logits without gradient."""
     found = []
     for batch, tokens in SHAPES:
         text = torch.arange(batch * tokens).reshape(batch, tokens).to(device) * 7 % 256
         model.zero_grad()
-        logits, _ = model(text)
+        first, state = model(text[:, :24])
+        rest, _ = model(text[:, 24:], state)
+        logits = torch.cat([first, rest], dim=1)
         logits.square().mean().backward()
-        found += [logits.detach(), model.blocks[0].attention.beta.grad.clone()]
+        layer = model.blocks[0].attention
+        found += [logits.detach(), layer.beta.grad.clone(), layer.short_conv.weight.grad.clone()]
+        with torch.no_grad():
+            found.append(model(text)[0])
     return found
 
 
 @pytest.mark.parametrize(
     "device",
     [
-        pytest.param("cpu", marks=pytest.mark.slow),  # minutes: shapes are symbols, and two cores compile
+        pytest.param("cpu", marks=pytest.mark.slow),  # a minute: the compiler makes C++ of every part
         pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
 @pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 def test_compiled_blocks_compute_the_same(device):
     config = InfiniConfig.long(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, segment_length=16, initializer_range=0.3
-    )
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, segment_length=16, initializer_range=0.3,
+        short_conv=4,
+    )  # fmt: skip
     model = InfiniTransformer(config).to(device)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attention.short_conv.weight, std=0.5)  # zeros at the start, which would show nothing
     plain = outputs(model, device)
     model.enable_compile()
     for expected, got in zip(plain, outputs(model, device), strict=True):

@@ -1,10 +1,14 @@
 """The README is true: its numbers are those of records, its Python runs."""
 
+import itertools
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from infini.cli.compose import compose
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -78,6 +82,28 @@ def test_its_python_runs(block, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     assert "48213" in capsys.readouterr().out or "48213" not in block  # the shipped model finds the key
+
+
+def commands() -> list[list[str]]:
+    """The words of each command line in the README's shell blocks."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ").splitlines()
+    return [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
+
+
+@pytest.mark.parametrize("words", [words[1:] for words in commands() if words[:1] == ["infini"] and words[1] != "report"], ids=" ".join)
+def test_its_commands_have_only_keys_that_are_read(words):
+    """Composed, not run: of a sweep its first job, without what belongs to Hydra or to the search for runs."""
+    name, *overrides = words
+    first = [re.sub(r"^([^=]+=[^\[{,]+),.*", r"\1", word) for word in overrides]
+    ours = [word for word in first if word != "-m" and not word.startswith(("hydra", *(["runs="] if name == "train" else [])))]
+    assert compose(name, ours)
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if "infini.evaluate" in words], ids=" ".join)
+def test_its_lm_eval_tasks_are_there(words):
+    options = dict(itertools.pairwise(words))
+    assert all((ROOT / f"tasks/lm_eval/{task}.yaml").is_file() for task in options["--tasks"].split(","))
+    assert json.loads(options["--metadata"]) and options["--model"] == "infini"
 
 
 def test_links_lead_somewhere():
@@ -163,6 +189,8 @@ def test_decoding_is_that_of_the_record():
     assert f"| {last['milliseconds'] / first['milliseconds']:.2f}; {last['milliseconds']:.2f} |" in README
     plain = [row_of("results/decode/record.json", model="plain", path="graph", context=n)["milliseconds"] for n in (4096, 131072, 2**20)]
     assert "in {:.2f} ms after 4,096, in {:.2f} ms after 131,072 and in {:.2f} ms".format(*plain) in README
+    cache = row_of("results/decode/record.json", model="plain", path="graph", context=2**20)["state_bytes"]
+    assert f"takes {cache / 1e9:.1f} GB and still fits; the memory's state takes {last['state_bytes'] / 1e6:.1f} MB" in README
 
 
 def test_how_far_the_training_with_other_needles_reached_is_its_records():

@@ -232,6 +232,9 @@ def test_bad_text_is_refused_and_the_session_lives_on(model):
         (torch.tensor([True]), "ids are torch.bool"),
         (torch.zeros(2, 3, dtype=torch.long), r"this session has 1 rows"),
         (torch.zeros(1, 1, 3, dtype=torch.long), r"\[batch, tokens\]"),
+        ("a text", "ids are a str, of which no tensor can be made"),
+        (None, "ids are a NoneType"),
+        ([[1, 2], [3]], "ids are a list, of which no tensor can be made .*rows of unequal length are padded"),
     ):
         with pytest.raises(InputError, match=message):
             session.feed(ids)
@@ -255,13 +258,48 @@ def test_damaged_or_foreign_files_are_refused(model, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         StreamingSession.restore(tmp_path / "none", model)
     rest = tmp_path / "s.next"
-    assert set(load_file(rest)) == {"logits", "tokens_seen"}
+    assert set(load_file(rest)) == {"logits", "tokens_seen", "weights"}
     rest.write_bytes(rest.read_bytes()[:20])
     with pytest.raises(InputError, match=r"s\.next cannot be read .*beside the state"):
         StreamingSession.restore(tmp_path / "s", model)
     save_file({"x": torch.zeros(1)}, tmp_path / "s")
     with pytest.raises(InputError, match="not 'infini-state-1'"):
         StreamingSession.restore(tmp_path / "s", model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(local_attention="sliding", window=6), "it has local_attention=segment, .*this model local_attention=sliding"),
+        (dict(rope_theta=5e5), "it has rope_theta=10000.0, this model rope_theta=500000.0"),
+        (dict(gate_when_empty=True), "gate_when_empty"),
+        (dict(qk_norm=True), "qk_norm"),
+        (dict(rms_norm_eps=1e-5), "rms_norm_eps"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_model_that_would_compute_something_else_is_refused(model, change, words, tmp_path):
+    """Their states have the same tensors."""
+    session, other = StreamingSession(model), make(**change)
+    session.feed(PROMPT)
+    session.save(tmp_path / "s")
+    with pytest.raises(InputError, match=words):
+        StreamingSession.restore(tmp_path / "s", other)
+    with pytest.raises(InputError, match=words):
+        other(torch.tensor([[1]]), session.state)
+
+
+def test_other_weights_are_refused_and_the_same_in_another_dtype_are_not(model, tmp_path):
+    session = StreamingSession(model)
+    session.feed(PROMPT)
+    session.save(tmp_path / "s")
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert StreamingSession.restore(tmp_path / "s", make().to(dtype)).tokens_seen == len(PROMPT)
+    trained = make()
+    with torch.no_grad():
+        trained.blocks[1].mlp.down_proj.weight.mul_(1.05)
+    with pytest.raises(InputError, match="was read by a model with other weights"):
+        StreamingSession.restore(tmp_path / "s", trained)
 
 
 def test_an_unfed_session_is_saved_too(model, tmp_path):

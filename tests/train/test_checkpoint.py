@@ -72,6 +72,29 @@ def test_torch_reports_a_full_disk_as_one(tmp_path):
         torch.save({"x": torch.zeros(100_000)}, file)
 
 
+class FullDisk:
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def write(self, data):
+        self.room -= memoryview(data).nbytes
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return memoryview(data).nbytes
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 0.99])
+def test_wherever_a_disk_fills_up_it_is_said(parts, tmp_path, monkeypatch, share):
+    save_checkpoint(tmp_path, *parts, Progress(5))
+    size, save = (tmp_path / "step-00000005/training.pt").stat().st_size, torch.save
+    monkeypatch.setattr(torch, "save", lambda content, file: save(content, FullDisk(int(share * size))))
+    with pytest.raises(InputError, match="no space left .* checkpoint of step 5 is intact"):
+        save_checkpoint(tmp_path, *parts, Progress(6))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
 class Killed(BaseException):
     pass
 
