@@ -1,7 +1,11 @@
 """Causal attention near a token: inside its segment, or over the last `window` tokens; backends behind one signature.
 
-`sdpa` is torch's own fused attention, `eager` softmax written out, in any dtype, the others are named in `infini.causal`. `auto`
-takes flash-attn where it is installed and can run, and `sdpa` otherwise; the choice is logged once.
+`sdpa` is torch's own fused attention, `eager` softmax written out, in any dtype, `triton` the kernel of `infini.kernels.local`; the
+others are named in `infini.causal`. `auto` takes flash-attn where it is installed and can run, and `sdpa` otherwise.
+
+These attend whole segments, and flash-attn windows of rows that are alike. For every other reach (windows without flash-attn,
+packed documents, padded rows, open segments) they all but `eager` and the kernels asked for by name take `triton` in 16 bits on a
+CUDA device, or else bands of queries under a mask; `triton` takes it for everything. Each choice is logged once.
 """
 
 import functools
@@ -14,9 +18,10 @@ from torch import Tensor
 
 from infini.causal import HALF, WINDOWED, attend, installed, torch_varlen, why_not
 from infini.errors import InputError
+from infini.kernels.choice import LARGEST_LOCAL_HEAD, why_not_local
 from infini.segments import SegmentPlan
 
-BACKENDS = ("auto", "flash4", "flash3", "flash", "cudnn", "torch_flash", "sdpa", "eager")
+BACKENDS = ("auto", "flash4", "flash3", "flash", "cudnn", "torch_flash", "triton", "sdpa", "eager")
 
 # Queries of a band that share one piece of keys. Smaller wastes less on masked scores, larger makes fewer, fuller products.
 BAND = 128
@@ -44,6 +49,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend:
         InputError: the backend is unknown, or cannot run here.
     """
     backend = choose_backend(backend, q.device.type, q.dtype)
+    if backend == "triton":
+        return _in_reach(q, k, v, plan, backend)
     if plan.uniform and not plan.sliding and (plan.segments > 1 or plan.opened == 0):
         # All segments at once: they fold into the batch and need no mask.
         q, k, v = (rearrange(plan.line_to_grid(x), "b s n h d -> (b s) n h d") for x in (q, k, v))
@@ -54,7 +61,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend:
         kernel = _window_kernel(backend)
         if kernel is not None:
             return attend(kernel, q, k[:, start:].to(q.dtype), v[:, start:].to(q.dtype), plan.span)
-    return _banded(q, k, v, plan, backend)
+    return _in_reach(q, k, v, plan, backend)
 
 
 def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
@@ -73,7 +80,9 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
         missing = f"flash-attn needs a CUDA device, not {device}"
     elif dtype not in HALF:
         missing = f"flash-attn needs float16 or bfloat16, not {dtype}"
-    if backend not in ("auto", "flash", "sdpa", "eager"):
+    if backend == "triton":
+        missing = why_not_local(torch.device(device), dtype)
+    elif backend not in ("auto", "flash", "sdpa", "eager"):
         missing = why_not(backend, torch.device(device), dtype, head_dim=64)
     if backend not in ("auto", "sdpa", "eager") and missing:
         raise InputError(f"the attention backend {backend!r} cannot run: {missing}. Use 'auto', 'sdpa' or 'eager'")
@@ -87,8 +96,9 @@ def announce_backend(backend: str, device: str, dtype: torch.dtype) -> None:
     """Log, once for each combination, which backend runs and why."""
     log.info("local attention on %s in %s: %s", device, dtype, backend)
     if backend != "flash" and device == "cuda" and dtype in HALF:
-        log.info("flash-attn is %s; sliding windows run in %s", "installed but not asked for" if HAS_FLASH_ATTN
-                 else "not installed", _window_kernel(backend) or "masked bands")
+        kernel = _window_kernel(backend)
+        log.info("flash-attn is %s%s", "installed but not asked for" if HAS_FLASH_ATTN else "not installed",
+                 f"; windows of rows that are alike run in {kernel}" if kernel else "")
 
 
 def _window_kernel(backend: str) -> str | None:
@@ -110,11 +120,54 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend: str) -> Tensor:
+def _in_reach(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend: str) -> Tensor:
+    """Attention whose reach differs from token to token: by the kernel made for it, or in bands. One token alone needs no kernel."""
+    # A bool also where a compiler makes symbols of the numbers.
+    too_wide = True if q.shape[-1] > LARGEST_LOCAL_HEAD else False
+    if plan.tokens > 1 and _has_kernel(backend, q.device, q.dtype, too_wide):
+        from infini.kernels.local import attend_in_reach
+
+        return attend_in_reach(q, k.to(q.dtype), v.to(q.dtype), plan.earliest, plan.span)[0]
+    return banded(q, k, v, plan, backend)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(backend: str, device: torch.device, dtype: torch.dtype, too_wide: bool) -> bool:
+    """Whether attention within reach runs on its kernel.
+
+    Raises:
+        InputError: it was asked for by name and cannot run.
+    """
+    if backend != "triton" and (backend == "eager" or device.type != "cuda"):
+        return False
+    why = _why_bands(backend, device, dtype, too_wide)
+    if backend == "triton" and why:
+        raise InputError(f"the attention backend 'triton' cannot run: {why}. Use 'auto', 'sdpa' or 'eager'")
+    return why is None
+
+
+@functools.cache
+def _why_bands(backend: str, device: torch.device, dtype: torch.dtype, too_wide: bool) -> str | None:
+    """Why attention within reach runs in bands, or None; logged once for each combination."""
+    why = f"heads may be {LARGEST_LOCAL_HEAD} wide" if too_wide else why_not_local(device, dtype)
+    if backend not in ("flash", "sdpa", "triton"):
+        why = f"{backend!r} was asked for"
+    elif backend != "triton" and dtype not in HALF:
+        why = f"in {dtype} only 'triton' by name"
+    within = "everything" if backend == "triton" else "windows, packed and padded rows"
+    log.info("%s on %s in %s: %s", within, device.type, dtype, f"masked bands ({why})" if why else "triton")
+    return why
+
+
+def banded(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend: str) -> Tensor:
     """Attention whose reach differs from token to token, at a cost linear in the tokens.
 
     Bands of queries meet the keys from `span` before the band's first token to its last, under a mask from the plan. One token
     alone, the decoding step, is a band of one.
+
+    Args:
+        q, k, v, plan: as of `local_attention`.
+        backend: `eager`; any other takes `scaled_dot_product_attention`.
     """
     tokens, span = plan.tokens, plan.span
     band = min(BAND, tokens)

@@ -37,7 +37,8 @@ class Stretch:
         return tuple(torch.randn(size, device=device, dtype=torch.bfloat16) for size in (many, few, few))
 
     def work(self, gradient: bool):
-        reach = self.segment_length or self.window or self.tokens
+        # In a window every token sees so many, in a segment half of them on average.
+        reach = 2 * self.window - 1 if self.window else self.segment_length or self.tokens
         return attention(self.rows * self.tokens, reach, self.heads, self.groups, self.head_dim, gradient)
 
 

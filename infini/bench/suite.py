@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from infini.bench import alone, attend, curve, layer, memory, models, shipped
+from infini.bench import alone, attend, curve, layer, memory, models, reach, shipped
 from infini.bench.clock import copy_bandwidth, product_rate
 from infini.bench.trial import Ceilings, Row, Trials, measure
 from infini.causal import KERNELS
@@ -98,6 +98,10 @@ def _local(settings: BenchSettings, device: torch.device) -> Trials:
             if stretch not in seen:
                 seen.add(stretch)
                 yield from attend.trials_of(stretch, device, "local", settings.kernels)
+        for within in reach.Reach.all_of(shape):
+            if within not in seen:
+                seen.add(within)
+                yield from reach.trials(within, device, "local")
 
 
 def _memory(settings: BenchSettings, device: torch.device) -> Trials:

@@ -1,4 +1,4 @@
-"""Triton kernels of the memory path, twins of `infini.memory`: the one door to Triton.
+"""Triton kernels of the memory path, twins of `infini.memory`, and of local attention: the one door to Triton.
 
     choice.py    which calls run on them, and why the others do not; imports no Triton
     parts.py     what the kernels share: features and their gradient, products, places of tokens
@@ -9,6 +9,7 @@
     deltanet.py  the write of `deltanet`, token after token in chunks
     read.py      read and mix, as a custom operator: queries, memories and local output in, mixed output out
     read_deltanet.py  the same of `deltanet`
+    local.py     attention near a token where its reach differs from token to token, as a custom operator
     tiles.py     how each kernel is cut up
 
 Where rows are alike, the place of a segment's tokens is arithmetic. Where they differ (padding, documents that begin inside a row,

@@ -21,6 +21,8 @@ BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The scan of delta's maps holds a whole one in shared memory.
 LARGEST_HEAD = {"linear": 256, "delta": 128, "deltanet": 128}
+# Attention within reach has tiles up to here.
+LARGEST_LOCAL_HEAD = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,19 @@ def choose_memory_backend(
         return "triton"
     announce(device.type, dtype, "torch", why_not if device.type == "cuda" else None)
     return "torch"
+
+
+@torch.compiler.assume_constant_result
+def why_not_local(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `infini.kernels.local` cannot attend there, or None. Its heads are up to `LARGEST_LOCAL_HEAD` wide.
+
+    Example:
+        >>> why_not_local(torch.device("cuda"), torch.float64)
+        'the kernel computes in float32, bfloat16 or float16, not torch.float64'
+    """
+    if dtype not in DTYPES:
+        return f"the kernel computes in float32, bfloat16 or float16, not {dtype}"
+    return _machine_lacks(device)
 
 
 @functools.cache
@@ -112,6 +127,7 @@ def _machine_lacks(device: torch.device) -> str | None:
         return f"Triton needs a CUDA device, not {device.type}, or its interpreter (TRITON_INTERPRET=1)"
     import infini.kernels.delta
     import infini.kernels.deltanet
+    import infini.kernels.local
     import infini.kernels.read
     import infini.kernels.read_deltanet
     import infini.kernels.write  # noqa: F401

@@ -168,6 +168,87 @@ class Tiles(NamedTuple):
         return parts, segment_length if parts == 1 else self.part
 
 
+# Attention within reach: kernel -> (BD, fp32) -> queries, keys, warps, stages: what fits everywhere.
+LOCAL = {
+    "local": {
+        (16, False): (128, 64, 4, 2),
+        (32, False): (128, 64, 4, 2),
+        (64, False): (128, 64, 4, 2),
+        (128, False): (64, 64, 4, 2),
+        (256, False): (64, 32, 8, 2),
+        (16, True): (64, 32, 4, 1),
+        (32, True): (64, 32, 4, 1),
+        (64, True): (64, 32, 4, 1),
+        (128, True): (32, 16, 8, 1),
+        (256, True): (16, 16, 8, 1),
+    },
+    "local_queries": {
+        (16, False): (64, 64, 4, 2),
+        (32, False): (64, 64, 4, 2),
+        (64, False): (64, 64, 4, 2),
+        (128, False): (64, 64, 4, 2),
+        (256, False): (32, 32, 8, 2),
+        (16, True): (64, 32, 4, 1),
+        (32, True): (64, 32, 4, 1),
+        (64, True): (32, 32, 4, 1),
+        (128, True): (32, 16, 8, 1),
+        (256, True): (16, 16, 8, 1),
+    },
+    "local_keys": {
+        (16, False): (64, 64, 4, 2),
+        (32, False): (64, 64, 4, 2),
+        (64, False): (32, 64, 4, 2),
+        (128, False): (32, 64, 8, 2),
+        (256, False): (32, 32, 8, 2),
+        (16, True): (32, 32, 4, 1),
+        (32, True): (32, 32, 4, 1),
+        (64, True): (32, 32, 8, 1),
+        (128, True): (32, 16, 8, 1),
+        (256, True): (16, 16, 8, 1),
+    },
+}
+
+# The same for 16 bits on GPUs with the shared memory of Hopper, by BD. Not timed yet: chosen by registers, shared memory and whether
+# the products are warp groups' own, which take at least 64 rows.
+LOCAL_ON_HOPPER = {
+    "local": {64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)},
+    "local_queries": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+    "local_keys": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 2)},
+}
+
+
+class LocalTiles(NamedTuple):
+    """How a kernel of the attention within reach is cut up.
+
+    Attributes:
+        BD: columns of a head, a power of two.
+        BQ, BK: queries and keys of a tile.
+        warps, stages: of a program.
+    """
+
+    BD: int
+    BQ: int
+    BK: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, kernel: str, dim: int, dtype: torch.dtype, shared_memory: int = MUCH_SHARED) -> Self:
+        """For heads of `dim` numbers on a GPU whose programs may have so many bytes of shared memory; `kernel`: a key of `LOCAL`."""
+        wide, full = max(16, _power(dim)), dtype.itemsize > 2
+        here = LOCAL_ON_HOPPER[kernel].get(wide) if shared_memory >= HOPPER_SHARED and not full else None
+        return cls(wide, *(here or LOCAL[kernel][wide, full]))
+
+    def within(self, tokens: int) -> Self:
+        """With no more queries in a tile than there are."""
+        return self._replace(BQ=max(16, min(self.BQ, _power(tokens))))
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
 DELTANET = ("prepare", "map", "chunks_backward", "prepare_backward", "read_deltanet")
 
 # Kernel -> its line in TABLE.

@@ -1,0 +1,91 @@
+"""Rows of the attention within reach: compared before they are timed, and work counted from what is seen."""
+
+import pytest
+import torch
+
+from infini.bench import reach, reach_tiles
+from infini.bench.memory import Shape
+from infini.bench.reach import Reach
+from infini.bench.trial import Ceilings, measure
+
+pytest.importorskip("triton")
+from infini.kernels.tiles import LOCAL, LocalTiles  # noqa: E402
+
+
+def rows_of(case, device):
+    found, rows = reach.trials(case, device, "local"), []
+    try:
+        one = next(found)
+        while True:
+            rows.append(measure(one, device, Ceilings(1e9, 1e12), 1, 0.001))
+            one = found.send(rows[-1])
+    except StopIteration:
+        return rows
+
+
+PACKED = Reach(2, 40, 2, 1, 16, window=9, document=11)
+
+
+@pytest.mark.parametrize("case", [PACKED, Reach(1, 40, 2, 1, 16, segment_length=16, document=11)], ids=["window", "segment"])
+def test_every_way_is_compared_and_timed(case, kernel_device):
+    rows = rows_of(case, kernel_device)
+    assert [(row["kernel"], row["direction"]) for row in rows] == [
+        (way, direction) for direction in ("forward", "forward + backward") for way in reach.WAYS
+    ]
+    assert all(row["milliseconds"] > 0 for row in rows)
+    for bands, kernel in (rows[:2], rows[2:]):
+        assert kernel["against"] == "bands" and kernel["ratio"] == pytest.approx(kernel["milliseconds"] / bands["milliseconds"])
+
+
+@pytest.mark.parametrize("part", ["output", "keys"])
+def test_what_does_not_agree_is_not_timed(part, kernel_device, monkeypatch):
+    """A wrong output, and a right one whose keys get another gradient."""
+    honest = reach.attend_by
+
+    def wrong(way, q, k, v, plan):
+        out = honest(way, q, k, v, plan)
+        return out * 1.1 if part == "output" else honest(way, q, 1.1 * k - 0.1 * k.detach(), v, plan)
+
+    monkeypatch.setattr(reach, "attend_by", wrong)
+    rows = rows_of(PACKED, kernel_device)
+    assert len(rows) == 4 and all({"output": "output", "keys": "dk"}[part] in row["failed"] for row in rows)
+
+
+def test_only_pairs_that_see_each_other_are_counted():
+    plan = Reach(1, 6, 1, 1, 16, window=3).plan(torch.device("cpu"))
+    assert Reach(1, 6, 1, 1, 16, window=3).work(plan, gradient=False).flop == (1 + 2 + 3 + 3 + 3 + 3) * 4 * 16
+
+
+def test_segments_of_rows_that_are_alike_have_other_kernels():
+    alike, packed = Shape(1, 64, 16, 2, 1, 16), Shape(1, 64, 16, 2, 1, 16, document=20)
+    assert [case.window for case in Reach.all_of(alike)] == [16]
+    assert [(case.window, case.segment_length) for case in Reach.all_of(packed)] == [(16, None), (None, 16)]
+
+
+def test_the_tuner_times_what_agrees_and_nothing_else(kernel_device, monkeypatch):
+    honest, good, bad = reach_tiles.why_out, LocalTiles(16, 16, 32, 4, 1), LocalTiles(16, 16, 16, 4, 1)
+
+    def why_out(name, kernels, tiles, *witnesses):
+        return "numbers" if tiles == bad else honest(name, kernels, tiles, *witnesses)
+
+    monkeypatch.setattr(reach_tiles, "why_out", why_out)
+    found = dict(reach_tiles.tune(PACKED, kernel_device, [good, bad], repeats=1))
+    assert found.keys() == LOCAL.keys()
+    for result in found.values():
+        assert [tiles for _, *tiles in result["timed"]] == [list(good[1:])] and result["refused"] == {"numbers": 1}
+
+
+@pytest.mark.parametrize("name", ["local", "local_queries", "local_keys"])
+def test_the_tuner_compares(name, kernel_device):
+    kernels, tiles = reach_tiles.Kernels(PACKED, kernel_device), LocalTiles(16, 16, 32, 4, 1)
+    plain, true = kernels.eager(torch.bfloat16), kernels.eager(torch.float64)
+    assert reach_tiles.why_out(name, kernels, tiles, plain, true) is None
+    launch = kernels.by_name[name]
+    kernels.by_name[name] = lambda tiles: {part: 1.1 * x for part, x in launch(tiles).items()}
+    assert reach_tiles.why_out(name, kernels, tiles, plain, true).startswith("AssertionError: ")
+
+
+def test_candidates_are_few_and_all_different():
+    for name, wide in ((name, wide) for name in LOCAL for wide in (64, 128, 256)):
+        tries = list(reach_tiles.candidates(name, wide))
+        assert 15 <= len(tries) == len(set(tries)) <= 30 and all(one.BD == wide for one in tries)
