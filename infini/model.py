@@ -112,7 +112,7 @@ class InfiniTransformer(Decoder):
         )
         x = self.embedding(tokens)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
-        backend = choose_backend(self.attention_backend, device.type, dtype)
+        backend = choose_backend(self.attention_backend, device.type, dtype, self.config.local_attention == "sliding")
         announce_backend(backend, device.type, dtype)
         memory_backend = choose_memory_backend(
             self.memory_backend,

@@ -47,7 +47,7 @@ class FullTransformer(Decoder):
         near = plan if memory else _own_segment(plan, positions, config.segment_length)
         x = self.embedding(tokens)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
-        backend = choose_backend(self.attention_backend, device.type, dtype)
+        backend = choose_backend(self.attention_backend, device.type, dtype, self.config.window is not None)
         announce_backend(backend, device.type, dtype)
         rotary = rotary_table(positions, config.head_dim, config.rope_theta, torch.promote_types(torch.float32, x.dtype))
         layers = []

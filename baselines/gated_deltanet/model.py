@@ -59,7 +59,7 @@ class GatedDeltaNet(Decoder):
         stretch = Stretch(begins, real)
         x = self.embedding(tokens)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
-        backend = choose_backend(self.attention_backend, device.type, dtype)
+        backend = choose_backend(self.attention_backend, device.type, dtype, windows=True)
         announce_backend(backend, device.type, dtype)
         recurrence = choose_recurrence(self.recurrence, device, dtype, config.key_head_dim, torch.is_grad_enabled())
         rotary = rotary_table(positions, config.head_dim, config.rope_theta, torch.promote_types(torch.float32, x.dtype))

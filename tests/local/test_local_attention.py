@@ -132,7 +132,11 @@ def test_flash_needs_cuda_and_16_bit(monkeypatch):
         local.choose_backend("flash", "cpu", torch.bfloat16)
     with pytest.raises(InputError, match=r"needs float16 or bfloat16, not torch\.float32"):
         local.choose_backend("flash", "cuda", torch.float32)
-    assert local.choose_backend("auto", "cuda", torch.bfloat16) == "flash"
+    for newer in (False, True):
+        monkeypatch.setattr(local, "_on_hopper", lambda newer=newer: newer)
+        assert local.choose_backend("auto", "cuda", torch.bfloat16, windows=True) == "flash"
+        assert local.choose_backend("auto", "cuda", torch.bfloat16) == ("sdpa" if newer else "flash")
+        assert local.choose_backend("flash", "cuda", torch.bfloat16) == "flash"  # asked for by name
     assert local.choose_backend("auto", "cuda", torch.float32) == "sdpa"
 
 
