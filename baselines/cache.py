@@ -4,11 +4,13 @@ Segment borders are those of the document, wherever a call ends: the state carri
 as one line of the last `memory_length + segment_length - 1` tokens. Shared by Transformer-XL and Memorizing Transformers.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini.layers.rotary import rotary_table, rotate
+from infini.layers.rotary import rotary_table
 from infini.segments import SegmentPlan
 
 
@@ -123,7 +125,7 @@ def cached_attention(
     cached_v: Tensor,
     plan: CachePlan,
     scale: float | None = None,
-    rotary: tuple[Tensor, Tensor] | None = None,
+    turn: Callable[[Tensor], Tensor] | None = None,
     bias=None,
     use_cache: bool = True,
 ) -> Tensor:
@@ -135,7 +137,7 @@ def cached_attention(
         cached_k, cached_v: the same line, as a cache shows it (without gradient).
         plan: the places of the tokens.
         scale: of the scores; None: 1 / sqrt(d).
-        rotary: `cache_positions`' table; None: no rotary positions.
+        turn: of keys `[batch, segments, keys, heads, d]` of the cache and its segment, by their places from 0 on; None: they stay.
         bias: called with the queries `[rows, heads, queries, d]` and the number of keys; gives the queries that meet the keys,
             and what is added to the scaled scores `[rows, heads, queries, keys]`. The last query stands at the last key.
         use_cache: False hides the cache.
@@ -157,9 +159,8 @@ def cached_attention(
     if use_cache and plan.cached is not None:
         hidden = F.pad(plan.cached, (0, keys - size), value=True).unsqueeze(2)
         seen = (seen & hidden).expand(q.shape[0], -1, -1, -1).flatten(0, 1).unsqueeze(1)
-    if rotary is not None:
-        q = rotate(q, tuple(part[size + offset :][:queries] for part in rotary))
-        k = rotate(k, tuple(part[:keys] for part in rotary))
+    if turn is not None:
+        k = turn(k)
     batch = q.shape[0]
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
     mask = seen
@@ -171,8 +172,15 @@ def cached_attention(
     return attended.squeeze(1) if plan.alone else plan.grid_to_line(attended)
 
 
-def cache_positions(plan: CachePlan, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rotary table of the places in cache and segment `[M + n, 1, d / 2]`: only distances count, so every segment has the same."""
+Table = tuple[Tensor, Tensor]
+
+
+def cache_positions(plan: CachePlan, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Table, Table]:
+    """Rotary tables of the new tokens `[batch or 1, tokens, 1, d / 2]`, and of the places in cache and segment `[M + n, 1, d / 2]`.
+
+    Only distances count: each segment begins at place M.
+    """
+    here = plan.memory_length + plan.positions[:, plan.history :]
     places = torch.arange(plan.memory_length + plan.segment_length, device=plan.device).unsqueeze(0)
     cos, sin = rotary_table(places, head_dim, theta, dtype)
-    return cos.squeeze(0), sin.squeeze(0)
+    return rotary_table(here, head_dim, theta, dtype), (cos.squeeze(0), sin.squeeze(0))

@@ -39,7 +39,7 @@ class InfiniAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
         self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
-        self.project, self.turn = Part(project, (), (0, 1), (0,), (0, 1)), Part(turn, (0, 1), (0, 1), (0, 1))
+        self.project, self.turn = Part(project, (), (0, 1), (0,), (0, 1)), Part(rotate, (0, 1), (0, 1), (0, 1))
         if config.short_conv:
             self.short_conv = ShortConv(config.hidden_size, config.short_conv)
         if not has_memory:
@@ -324,11 +324,6 @@ def project(
     if layer.has_memory and layer.config.write_gate:
         strength = torch.sigmoid(_full_precision(layer.write_gate(x)))
     return q, k, v, strength
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` as a part that can be compiled."""
-    return rotate(x, (cos, sin))
 
 
 def empty_memory(config: InfiniConfig, batch: int, like: Tensor) -> MemoryState:

@@ -15,12 +15,15 @@ from torch.utils.checkpoint import checkpoint as recompute
 from infini import checkpoint
 from infini.compiled import compile_parts
 from infini.config import ModelConfig
+from infini.device import require_device
 from infini.errors import InputError
 from infini.layers.cross_entropy import HELD_LOGITS, token_losses
 from infini.layers.norm import RMSNorm
+from infini.local import BACKENDS
 from infini.state import StreamState, differences
 
 KEEP = ("all", "last", "none")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Decoder(nn.Module, ABC):
@@ -33,6 +36,9 @@ class Decoder(nn.Module, ABC):
 
     Attributes:
         loss_tokens: tokens whose logits are held at a time while losses are computed; None: as many as make 2^26 logits.
+
+    Raises:
+        InputError: there is no such backend. Whether it can run is known when it is called.
     """
 
     config_class: ClassVar[type[ModelConfig]]
@@ -42,6 +48,8 @@ class Decoder(nn.Module, ABC):
 
     def __init__(self, config: Any, make_block: Callable[[int], nn.Module], attention: str = "auto"):
         super().__init__()
+        if attention not in BACKENDS:
+            raise InputError(f"attention is {attention!r}; choose one of {', '.join(BACKENDS)}")
         self.config, self.attention_backend = config, attention
         self.loss_tokens: int | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -240,8 +248,12 @@ class Decoder(nn.Module, ABC):
             changes: fields of the configuration that are to differ from the folder's; none that changes a weight's shape.
 
         Raises:
-            InputError: the folder is no checkpoint, is damaged, or its weights are not finite or of another configuration.
+            InputError: the folder is no checkpoint, is damaged, or its weights are not finite or of another configuration; there is no
+                such device or backend here; parameters cannot be of that dtype.
         """
+        device = require_device(device)
+        if dtype not in (None, *DTYPES):
+            raise InputError(f"dtype is {dtype!r}; parameters are one of {', '.join(map(str, DTYPES))}")
         config = checkpoint.read_config(folder, cls.config_class)
         if changes:
             config = cls.config_class.from_dict(config.to_dict() | changes)

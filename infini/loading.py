@@ -23,6 +23,6 @@ def load(
         attention: backend of local attention: `auto`, `flash`, `sdpa`, `eager`.
 
     Raises:
-        InputError: there is no such model, or its files are damaged.
+        InputError: there is no such model, device, dtype or backend, or the model's files are damaged.
     """
     return InfiniTransformer.from_pretrained(checkpoint.resolve(name_or_folder), device, dtype, attention)

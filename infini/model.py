@@ -9,7 +9,7 @@ from infini.attention import InfiniAttention, empty_memory
 from infini.config import InfiniConfig, ModelConfig
 from infini.decoder import Decoder
 from infini.errors import InputError
-from infini.kernels.choice import choose_memory_backend
+from infini.kernels.choice import BACKENDS, choose_memory_backend
 from infini.layers.block import Block
 from infini.layers.rotary import rotary_table
 from infini.local import announce_backend, choose_backend
@@ -30,6 +30,9 @@ class InfiniTransformer(Decoder):
         attention: backend of local attention: `auto`, `flash`, `sdpa` or `eager`; a property of the machine, not of the model.
         memory_backend: of the memory: `auto`, `triton` or `torch`, see `infini.kernels.choice`; a property of the machine too.
 
+    Raises:
+        InputError: there is no such backend. Whether it can run is known when it is called.
+
     Example:
         >>> model = InfiniTransformer(InfiniConfig(hidden_size=32, num_hidden_layers=2, segment_length=4))
         >>> tokens = torch.randint(256, (1, 11))
@@ -49,6 +52,8 @@ class InfiniTransformer(Decoder):
     )
 
     def __init__(self, config: InfiniConfig, attention: str = "auto", memory_backend: str = "auto"):
+        if memory_backend not in BACKENDS:
+            raise InputError(f"memory_backend is {memory_backend!r}; choose one of {', '.join(BACKENDS)}")
         super().__init__(config, lambda layer: Block(config, InfiniAttention(config, config.has_memory[layer])), attention)
         self.memory_backend = memory_backend
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Self
 
 import torch
@@ -33,6 +33,7 @@ class StreamingSession:
     """
 
     def __init__(self, model: SegmentModel, batch_size: int = 1, state=None, piece: int = 4096):
+        _require_numbers(Integral, piece=piece, batch_size=batch_size)
         if piece < 1:
             raise InputError(f"piece is {piece}; a forward pass needs at least 1 token")
         if batch_size < 1:
@@ -178,6 +179,8 @@ class StreamingSession:
         if not bool(self._known.all()):
             rows = (~self._known).nonzero().flatten().tolist()
             raise InputError(f"nothing was fed to rows {rows} of this session; feed each a token at least before generating")
+        _require_numbers(Integral, max_new_tokens=max_new_tokens, top_k=top_k)
+        _require_numbers(Real, temperature=temperature, top_p=top_p)
         if not (max_new_tokens >= 0 and temperature >= 0):
             raise InputError(f"max_new_tokens is {max_new_tokens} and temperature {temperature}; neither may be negative")
         if top_k is not None and top_k < 1:
@@ -262,6 +265,13 @@ class StreamingSession:
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _require_numbers(kind: type, **given) -> None:
+    """Refuse what is no number of that kind; `top_k` and `top_p` may be None."""
+    for name, value in given.items():
+        if not isinstance(value, kind) and not (value is None and name.startswith("top_")):
+            raise InputError(f"{name} is {value!r}; it must be a {'whole ' if kind is Integral else ''}number")
 
 
 def _sample(model: SegmentModel) -> Tensor:

@@ -28,6 +28,7 @@ LEVELS = [
     {"layers", "local", "memory"},
     {"kernels", "causal", "compiled", "config", "segments", "tokenizer_file"},
     {"field_types"},
+    {"device"},
     {"protocol", "errors", "tensor_file"},
     {"reference"},
 ]
@@ -40,7 +41,7 @@ DOORS |= {"lm_eval": "evaluate", "flash_attn": "causal", "flash_attn_interface":
 # Slow or optional: only inside a function.
 LAZY = {"transformers", "tokenizers", "matplotlib", "flash_attn", "fla", "lm_eval", "datasets", "tensorboard", "rouge_score"}
 # Except in these: their package imports them where the library is installed, and does without them where it is not.
-ON_DEMAND = {f"infini.hf.{name}" for name in ("auto", "byte_tokenizer", "cache", "config", "model")} | {"infini.evaluate.lm"}
+ON_DEMAND = {f"infini.hf.{name}" for name in ("auto", "byte_tokenizer", "cache", "config", "keep_gates", "model")} | {"infini.evaluate.lm"}
 
 
 def modules() -> dict[str, Path]:

@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.block import Heads
+from baselines.block import RotaryHeads
 from baselines.full.state import FullLayer
-from infini.layers.rotary import rotate
 from infini.local import local_attention
 from infini.segments import SegmentPlan
 from infini.state import StreamState
@@ -44,7 +43,7 @@ def plan_of_text(
     )
 
 
-class FullAttention(Heads):
+class FullAttention(RotaryHeads):
     """Multi-head attention (arXiv:1706.03762) with rotary positions (arXiv:2104.09864).
     """
 
@@ -64,8 +63,7 @@ class FullAttention(Heads):
         Returns:
             The layer's output `[batch, tokens, D]` and its new state.
         """
-        q, k, v = (proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = self.project(self, x, *rotary)
         if state is not None:
             k, v = (torch.cat([old.to(new.dtype), new], dim=1) for old, new in ((state.keys, k), (state.values, v)))
         if self.config.window is not None or (near.uniform and backend == "flash"):

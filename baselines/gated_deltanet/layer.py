@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from baselines.gated_deltanet.config import GatedDeltaNetConfig
 from baselines.gated_deltanet.operator import recur
 from baselines.gated_deltanet.state import HybridLayer
+from infini.compiled import Part, TokenPart
 from infini.layers.norm import RMSNorm
 from infini.segments import SegmentPlan
 
@@ -38,26 +39,25 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-(size**-0.5), size**-0.5))
 
-    def forward(self, x: Tensor, before: Tensor | None, plan: SegmentPlan) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, before: Tensor, in_document: Tensor | None) -> tuple[Tensor, Tensor]:
         """Convolve the new tokens.
 
         Args:
             x: `[batch, tokens, channels]`.
-            before: the last size - 1 inputs before them, zeros where the document has fewer; None: no text.
-            plan: the places of the tokens.
+            before: the last size - 1 inputs before them, zeros where the document has fewer.
+            in_document: place of each token in its document `[batch, tokens]`; None where no document begins among them.
 
         Returns:
-            y like `x`, and the last size - 1 inputs now.
+            y like `x`, and the line: `before`, and `x` behind it.
         """
         taps, weight = len(self.weight) - 1, self.weight.to(x.dtype)
-        before = x.new_zeros(x.shape[0], taps, x.shape[2]) if before is None else before.to(x.dtype)
-        line, y = torch.cat([before, x], dim=1), weight[0] * x
+        line, y = torch.cat([before.to(x.dtype), x], dim=1), weight[0] * x
         for back in range(1, taps + 1):
             earlier = line[:, taps - back : line.shape[1] - back]
-            if plan.in_document is not None:
-                earlier = earlier * (plan.in_document >= back).unsqueeze(-1)
+            if in_document is not None:
+                earlier = earlier * (in_document >= back).unsqueeze(-1)
             y = y + weight[back] * earlier
-        return y, plan.latest(line, taps)
+        return y, line
 
 
 class GatedDeltaLayer(nn.Module):
@@ -89,6 +89,7 @@ class GatedDeltaLayer(nn.Module):
         shortest, longest = map(math.log, TIME_STEPS)
         step = (shortest + (longest - shortest) * torch.rand(heads)).exp()
         self.time_bias = nn.Parameter(step.expm1().log())  # softplus of it is the step
+        self.project, self.finish = Part(project, (), (0, 1), (0,), (0, 1)), TokenPart(finish, 2)
 
     def forward(
         self, x: Tensor, state: HybridLayer | None, plan: SegmentPlan, stretch: Stretch, backend: str
@@ -105,23 +106,49 @@ class GatedDeltaLayer(nn.Module):
         Returns:
             The layer's output `[batch, tokens, D]` and its new state.
         """
-        config, stored = self.config, self.q_proj.weight.dtype
-        projected = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        convolved, inputs = self.short_conv(projected, None if state is None else state.inputs, plan)
-        keys = config.num_attention_heads * config.key_head_dim
-        q, k, v = F.silu(convolved).split([keys, keys, config.num_attention_heads * config.head_dim], dim=-1)
-        q, k = (part.unflatten(-1, (-1, config.key_head_dim)) for part in (q, k))
-        v, gate = (part.unflatten(-1, (-1, config.head_dim)) for part in (v, self.gate_proj(x)))
-        precise = torch.promote_types(torch.float32, x.dtype)
-        a, b = self.decay_proj(x).to(precise), self.strength_proj(x).to(precise)
-        # Decays and sums over a text need fp32, whatever the autocast.
+        stored, (size, channels) = self.q_proj.weight.dtype, self.short_conv.weight.shape
+        before = x.new_zeros(x.shape[0], size - 1, channels, dtype=stored) if state is None else state.inputs
+        line, q, k, v, gate, log_decay, strength = self.project(self, x, before, plan.in_document)
+        inputs = plan.latest(line, size - 1)
+        # Sums over a text need fp32, whatever the autocast.
         with torch.autocast(x.device.type, enabled=False):
-            log_decay = -self.log_rate.to(precise).exp() * F.softplus(a + self.time_bias.to(precise))
-            strength = torch.sigmoid(b)
             if stretch.real is not None:
                 log_decay, strength = (part * stretch.real.unsqueeze(-1) for part in (log_decay, strength))
             initial = None if state is None else state.matrix
             o, matrix = recur(backend, q, k, v, log_decay, strength, initial, stretch.begins)
-            read = self.read_norm(o.to(v.dtype)) * F.silu(gate)
         kept = matrix.to(torch.promote_types(torch.float32, stored))
-        return self.o_proj(read.flatten(2)), HybridLayer(matrix=kept, inputs=inputs.to(stored))
+        return self.finish(self, o, gate), HybridLayer(matrix=kept, inputs=inputs.to(stored))
+
+
+def project(layer: GatedDeltaLayer, x: Tensor, before: Tensor, in_document: Tensor | None) -> tuple[Tensor, ...]:
+    """What the recurrence takes, of `x` `[batch, tokens, D]`.
+
+    Args:
+        layer: whose projections.
+        x: normalised hidden states.
+        before, in_document: for the convolution, see `ShortConvolution`.
+
+    Returns:
+        The convolution's line `[batch, size - 1 + tokens, channels]`; queries, keys, values and gates `[batch, tokens, heads, ...]`;
+        logarithms of decays, and write strengths, `[batch, tokens, heads]` in fp32 at least.
+    """
+    config = layer.config
+    projected = torch.cat([layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)], dim=-1)
+    convolved, line = layer.short_conv(projected, before, in_document)
+    keys = config.num_attention_heads * config.key_head_dim
+    q, k, v = F.silu(convolved).split([keys, keys, config.num_attention_heads * config.head_dim], dim=-1)
+    q, k = (part.unflatten(-1, (-1, config.key_head_dim)) for part in (q, k))
+    v, gate = (part.unflatten(-1, (-1, config.head_dim)) for part in (v, layer.gate_proj(x)))
+    precise = torch.promote_types(torch.float32, x.dtype)
+    a, b = layer.decay_proj(x).to(precise), layer.strength_proj(x).to(precise)
+    # Decays need fp32, whatever the autocast.
+    with torch.autocast(x.device.type, enabled=False):
+        log_decay = -layer.log_rate.to(precise).exp() * F.softplus(a + layer.time_bias.to(precise))
+        return line, q, k, v, gate, log_decay, torch.sigmoid(b)
+
+
+def finish(layer: GatedDeltaLayer, o: Tensor, gate: Tensor) -> Tensor:
+    """What a layer does after its recurrence: norm, gate, output projection."""
+    with torch.autocast(o.device.type, enabled=False):
+        read = layer.read_norm(o.to(gate.dtype)) * F.silu(gate)
+    return layer.o_proj(read.flatten(-2))

@@ -1,6 +1,7 @@
 """The attention layer with the memory: the cache's attention and what is retrieved, mixed by a gate."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,10 @@ from baselines.cache import CachePlan, cached_attention
 from baselines.memorizing.config import MemorizingConfig
 from baselines.memorizing.memory import extend, kept, retrieve
 from baselines.memorizing.state import MemorizingLayer
-from baselines.transformer_xl.attention import CachedAttention, project
+from baselines.transformer_xl.attention import CachedAttention, line_of
+from baselines.transformer_xl.attention import project as project_heads
+from infini.compiled import Part
+from infini.layers.rotary import rotate
 
 
 class MemorizingAttention(CachedAttention):
@@ -21,6 +25,7 @@ class MemorizingAttention(CachedAttention):
 
     def __init__(self, config: MemorizingConfig):
         super().__init__(config, relative=False)
+        self.project = Part(project, (), *[(0, 1)] * 4)
         self.beta = nn.Parameter(torch.zeros(config.num_attention_heads))
         self.log_scale = nn.Parameter(torch.full((config.num_attention_heads,), math.log(config.head_dim) / 2))
 
@@ -33,19 +38,18 @@ class MemorizingAttention(CachedAttention):
             x: what the layer reads.
             state: what the layer carried so far; None at the start (then `plan.history` is 0).
             plan: the places of the tokens.
-            positions: `cache_positions`' table; the memory knows no positions.
+            positions: `cache_positions`' tables; the memory knows no positions.
             use_memory: False silences the memory in the mix; it is written all the same.
             trace: a list that receives one dict of detached statistics.
 
         Returns:
             The layer's output `[batch, tokens, D]` and its new state.
         """
-        q, k, v, cached_k, cached_v, line = project(self, x, state)
-        with torch.autocast(x.device.type, enabled=False):
-            q = unit(q) * self.log_scale.exp().to(q.dtype)[:, None]
-            k, cached_k = unit(k), unit(cached_k)
+        line = line_of(state, x)
+        here, places = positions
+        turned, q, k, v, cached_k, cached_v = self.project(self, x, line, *here)
         local = cached_attention(
-            *(y.to(v.dtype) for y in (q, k)), v, cached_k.to(v.dtype), cached_v, plan, scale=1.0, rotary=positions
+            turned, k.to(v.dtype), v, cached_k.to(v.dtype), cached_v, plan, scale=1.0, turn=partial(self.turned, places)
         )
         if state is None:
             keys = x.new_zeros(x.shape[0], 0, *k.shape[2:], dtype=self.k_proj.weight.dtype)
@@ -87,6 +91,18 @@ class MemorizingAttention(CachedAttention):
             retrieved = (weight[:, None] * found).norm()
             share = retrieved / (retrieved + ((1 - weight[:, None]) * local).norm())
         return {"memory_weight": weight, "memory_share": share}
+
+
+def project(layer: MemorizingAttention, x: Tensor, line: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """As in `transformer_xl.attention`, but queries and keys have length 1, in fp32 at least, and queries are times their scale.
+
+    The first are turned queries, in the dtype of the values; then come those that ask the memory.
+    """
+    q, k, v, cached_k, cached_v = project_heads(layer, x, line, None, None)
+    with torch.autocast(x.device.type, enabled=False):
+        q = unit(q) * layer.log_scale.exp().to(q.dtype)[:, None]
+        k, cached_k = unit(k), unit(cached_k)
+    return rotate(q.to(v.dtype), cos, sin), q, k, v, cached_k, cached_v
 
 
 def unit(x: Tensor) -> Tensor:

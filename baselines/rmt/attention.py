@@ -4,18 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.block import Heads
-from infini.layers.rotary import rotate
+from baselines.block import RotaryHeads
 
 
-class SegmentAttention(Heads):
+class SegmentAttention(RotaryHeads):
     """Multi-head attention with rotary positions under a given mask.
     """
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], seen: Tensor) -> tuple[Tensor, None]:
         """Attend `x` `[batch, tokens, D]`; `seen` is bool `[tokens, tokens]`. A layer by itself carries nothing on."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = self.project(self, x, *rotary)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)), None
 

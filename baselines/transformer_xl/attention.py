@@ -1,14 +1,17 @@
 """Attention over a segment and its cache, with relative or rotary positions."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from baselines.block import Heads
-from baselines.cache import CachePlan, cached_attention
+from baselines.cache import CachePlan, Table, cached_attention
 from baselines.config import DecoderConfig
 from baselines.transformer_xl.state import CacheLayer
+from infini.compiled import Part
+from infini.layers.rotary import rotate
 
 
 class CachedAttention(Heads):
@@ -19,6 +22,7 @@ class CachedAttention(Heads):
 
     def __init__(self, config: DecoderConfig, relative: bool):
         super().__init__(config)
+        self.project, self.turn = Part(project, (), *[(0, 1)] * 4), Part(rotate, (0, 1, 2), (0,), (0,))
         if relative:
             self.r_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
 
@@ -31,22 +35,28 @@ class CachedAttention(Heads):
             x: what the layer reads.
             state: what the layer carried so far; None at the start (then `plan.history` is 0).
             plan: the places of the tokens.
-            positions: with rotary positions `cache_positions`' table, with relative ones `sinusoids`.
+            positions: with rotary positions `cache_positions`' tables, with relative ones `sinusoids`.
             biases: u and v `[h, d]`; None with rotary positions.
             use_cache: False hides the cache.
 
         Returns:
             The layer's output `[batch, tokens, D]` and its new state.
         """
-        q, k, v, cached_k, cached_v, line = project(self, x, state)
+        line = line_of(state, x)
         relative = biases is not None
+        here, places = ((None, None), None) if relative else positions
+        q, k, v, cached_k, cached_v = self.project(self, x, line, *here)
         attended = cached_attention(
             q, k, v, cached_k, cached_v, plan,
-            rotary=None if relative else positions,
+            turn=None if relative else partial(self.turned, places),
             bias=(lambda q, keys: self._position_term(q, keys, positions, *biases)) if relative else None,
             use_cache=use_cache,
         )  # fmt: skip
         return self.o_proj(attended.flatten(2)), CacheLayer(plan.recent(line))
+
+    def turned(self, places: Table, keys: Tensor) -> Tensor:
+        """Keys `[batch, segments, keys, heads, d]` of a cache and its segment, with their rotary positions."""
+        return self.turn(keys, *(part[: keys.shape[2]] for part in places))
 
     def _position_term(self, q: Tensor, keys: int, positions: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q + u, and ((q + v)^T W_{k,R} R_{i-j}) / sqrt(d) by the shift of the paper's appendix B."""
@@ -56,21 +66,30 @@ class CachedAttention(Heads):
         return q + u[:, None], shift(term) / math.sqrt(dim)
 
 
-def project(layer: nn.Module, x: Tensor, state: CacheLayer | None):
-    """Queries of `x`; keys and values of the line, as their own segment sees them and as a cache does; the line.
+def line_of(state: CacheLayer | None, x: Tensor) -> Tensor:
+    """The hidden states carried, and those of `x` behind them."""
+    # Never `x` itself: `project` gets both, and one tensor twice would be another graph.
+    carried = x[:, :0] if state is None else state.hidden.to(x.dtype)
+    return torch.cat([carried, x], dim=1)
+
+
+def project(layer: Heads, x: Tensor, line: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, ...]:
+    """Queries of `x`, turned by a rotary table if there is one; keys and values of the line, as their own segment sees them, and as
+    a cache does.
 
     A cache gives no gradient to the hidden states in it: h~ = [SG(h); h]. Its keys and values are projected anew, so that the
     weights get theirs.
     """
     dim = layer.config.head_dim
-    line = x if state is None else torch.cat([state.hidden.to(x.dtype), x], dim=1)
     q = layer.q_proj(x).unflatten(-1, (-1, dim))
+    if cos is not None:
+        q = rotate(q, cos, sin)
     k, v = (proj(line).unflatten(-1, (-1, dim)) for proj in (layer.k_proj, layer.v_proj))
     if not torch.is_grad_enabled():
-        return q, k, v, k, v, line
+        return q, k, v, k, v
     stopped = line.detach()
     cached_k, cached_v = (proj(stopped).unflatten(-1, (-1, dim)) for proj in (layer.k_proj, layer.v_proj))
-    return q, k, v, cached_k, cached_v, line
+    return q, k, v, cached_k, cached_v
 
 
 def shift(term: Tensor) -> Tensor:

@@ -52,10 +52,10 @@ class PlainStep:
         for block, (keys, values) in zip(model.blocks, self.caches, strict=True):
             layer, normed = block.attention, block.attention_norm(x)
             q, k, v = (proj(normed).unflatten(-1, (-1, config.head_dim)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
-            keys[:, :, place : place + 1] = rotate(k, rotary).transpose(1, 2)
+            keys[:, :, place : place + 1] = rotate(k, *rotary).transpose(1, 2)
             values[:, :, place : place + 1] = v.transpose(1, 2)
             seen = (cache[:, :, : place + 1] for cache in (keys, values))
-            attended = F.scaled_dot_product_attention(rotate(q, rotary).transpose(1, 2), *seen, enable_gqa=grouped)
+            attended = F.scaled_dot_product_attention(rotate(q, *rotary).transpose(1, 2), *seen, enable_gqa=grouped)
             x = x + layer.o_proj(attended.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.mlp_norm(x))
         return model.head(model.norm(x))[:, 0]

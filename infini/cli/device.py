@@ -2,6 +2,7 @@
 
 import torch
 
+from infini.device import require_device
 from infini.errors import InputError
 
 
@@ -16,12 +17,6 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device is {name!r}: use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if name.partition(":")[0] not in ("cpu", "cuda"):
         raise InputError(f"device is {name!r}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices: use device=cpu")
-    return device
+    return require_device(name)

@@ -1,9 +1,7 @@
 """`infini generate`: reads a file without end into a fixed state, then answers questions about it."""
 
 import hashlib
-import json
 import logging
-import os
 import resource
 import shutil
 import sys
@@ -114,6 +112,7 @@ def _read_file(command: Command, model, tokenizer):
     import torch
     from tqdm import tqdm
 
+    from infini.data.text_note import pass_over, write_note
     from infini.report.fingerprint import fingerprint
     from infini.session import StreamingSession
     from infini.train.interrupt import StopRequest
@@ -124,7 +123,7 @@ def _read_file(command: Command, model, tokenizer):
     with open(path, "rb", buffering=0) as file, StopRequest() as interrupt:
         if command.session and Path(command.session).is_file():
             session = StreamingSession.restore(command.session, model, command.piece)
-            done = _go_on(command, file, digest, weights, session.tokens_seen)
+            done = pass_over(command.session, file, digest, session.tokens_seen, weights)
         if command.session and done < size:
             _require_place(Path(command.session), session.state_bytes + 4 * model.config.vocab_size)
         started, begun, before, waiting = time.perf_counter(), done, session.tokens_seen, b""
@@ -141,7 +140,8 @@ def _read_file(command: Command, model, tokenizer):
                     break
     # What waits may be read otherwise when the file has grown, so it is no part of what is kept.
     if command.session and done > begun:
-        _save(command, session, done, digest, weights)
+        session.save(command.session)
+        write_note(command.session, done, session.tokens_seen, digest, weights)
     if interrupt.requested:
         kept = f"{session.tokens_seen:,} tokens are kept in {command.session}, the same command goes on from there"
         raise KeyboardInterrupt(kept if command.session else "nothing is kept; with session=FILE what was read would be")
@@ -176,41 +176,6 @@ def _require_place(session: Path, numbers: int) -> None:
         raise InputError(
             f"session is {str(session)!r}, but only {free:,} bytes are free there and it needs {needed:,}: name a file on another disk"
         )
-
-
-def _go_on(command: Command, file, digest, weights: str, tokens: int) -> int:
-    """Moves behind what the saved session has read of the file, which must be the same text; returns how much."""
-    note = _note(command)
-    try:
-        saved = json.loads(note.read_text())
-        done, text, model = saved["bytes"], saved["text_sha256"], saved["weights_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{note} cannot be read ({error}); it belongs to the saved session: name another session file") from None
-    if saved.get("tokens", tokens) != tokens:
-        raise InputError(f"{note} is of an older save than {command.session}; name another session file")
-    if model != weights:
-        raise InputError(f"{command.session} was read by a model with other weights; name another session file")
-    left = done
-    while left and (part := file.read(min(left, 2**20))):
-        digest.update(part)
-        left -= len(part)
-    if left or digest.hexdigest() != text:
-        raise InputError(f"{command.session} has read another text than {command.prompt_file}; name another session file")
-    return done
-
-
-def _save(command: Command, session, done: int, digest, weights: str) -> None:
-    note = _note(command)
-    session.save(command.session)
-    # Last: where the disk is full, the session before it is whole. What was cut off between is known by its count of tokens.
-    read = {"bytes": done, "tokens": session.tokens_seen, "text_sha256": digest.hexdigest(), "weights_sha256": weights}
-    part = note.with_name(note.name + ".part")
-    part.write_text(json.dumps(read) + "\n")
-    os.replace(part, note)
-
-
-def _note(command: Command) -> Path:
-    return Path(command.session + ".text.json")
 
 
 def _answer(command: Command, session, tokenizer) -> Iterator[str]:

@@ -3,7 +3,11 @@
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 from infini.errors import InputError
@@ -42,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; None reads the process's own.
 
     Returns:
-        0; 2 after input that cannot be used or a full disk; 130 after Ctrl-C.
+        0; 2 after input that cannot be used or a full disk; 130 after Ctrl-C or SIGTERM.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
@@ -53,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif name not in COMMANDS:
             raise InputError(f"there is no command {name!r}: use one of {', '.join(COMMANDS)}")
         else:
-            importlib.import_module(f"infini.cli.{name}").run(rest)
+            with _sigterm_as_ctrl_c():
+                importlib.import_module(f"infini.cli.{name}").run(rest)
         sys.stdout.flush()
     except InputError as error:
         return _fail(str(error))
@@ -71,6 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\ninterrupted: {hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM, with which schedulers stop a job, ends a command as Ctrl-C does; a command that knows better takes over inside."""
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _fail(sentence: str) -> int:

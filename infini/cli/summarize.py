@@ -36,8 +36,10 @@ class Command:
     dtype: Literal["float32", "bfloat16", "float16"] | None
 
     def __post_init__(self) -> None:
-        if not Path(self.input).is_file():
+        if not Path(self.input).exists():
             raise InputError(f"input is {self.input!r}; there is no such file")
+        if not Path(self.input).is_file():
+            raise InputError(f"input is {self.input!r}, which is no regular file; give a text file on a disk")
         if not self.prompt.startswith("\n"):
             raise InputError(f"prompt is {self.prompt!r}; it must begin with a line end, which parts it from the book")
 

@@ -1,5 +1,6 @@
 """Models of this library as a model of lm-eval: every text is read once, whole, in memory of a fixed size."""
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ class InfiniLM(TemplateLM):
         max_gen_toks: longest answer where a task does not say.
 
     Raises:
-        InputError: there is no such checkpoint, device or dtype, or a number is out of its range.
+        InputError: there is no such checkpoint, device, dtype or argument, or a number is out of its range.
     """
 
     def __init__(
@@ -50,14 +51,19 @@ class InfiniLM(TemplateLM):
         dtype: str | None = None,
         piece: int = 4096,
         max_gen_toks: int = 256,
+        **unknown: Any,
     ):
         super().__init__()
-        if not str(batch_size or 1).isdecimal():
-            raise InputError(f"batch_size is {batch_size!r}; give a number")
-        self.batch_size, self.piece, self.max_gen_toks = int(batch_size or 1), int(piece), int(max_gen_toks)
-        for name in ("batch_size", "piece", "max_gen_toks"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if unknown:
+            known = [name for name in inspect.signature(InfiniLM).parameters if name != "unknown"]
+            raise InputError(f"model_args has {sorted(unknown)}; this model knows {known}")
+        batch_size = batch_size or 1
+        for name, value in (("batch_size", batch_size), ("piece", piece), ("max_gen_toks", max_gen_toks)):
+            if not str(value).isdecimal():
+                raise InputError(f"{name} is {value!r}; give a number")
+            if int(value) < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        self.batch_size, self.piece, self.max_gen_toks = int(batch_size), int(piece), int(max_gen_toks)
         if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise InputError(f"dtype is {dtype!r}; use float32, bfloat16 or float16")
         if isinstance(pretrained, torch.nn.Module):

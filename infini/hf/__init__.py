@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from infini.hf.byte_tokenizer import InfiniByteTokenizer as InfiniByteTokenizer
     from infini.hf.cache import InfiniCache as InfiniCache
     from infini.hf.config import InfiniHFConfig as InfiniHFConfig
+    from infini.hf.keep_gates import KeepGates as KeepGates
     from infini.hf.model import InfiniForCausalLM as InfiniForCausalLM
 
 # Public names and the modules they live in, which import transformers.
@@ -30,6 +31,7 @@ _HOMES = {
     "InfiniCache": "cache",
     "InfiniForCausalLM": "model",
     "InfiniHFConfig": "config",
+    "KeepGates": "keep_gates",
     "load_gates": "adapters",
     "save_gates": "adapters",
     "train_gates": "adapters",

@@ -20,7 +20,8 @@ def train_gates(model: nn.Module) -> list[str]:
     """Let the memory's own parameters learn beside an adapter: gates, write gates, scales and biases.
 
     PEFT freezes all that is not an adapter, and its adapter file holds adapters alone, that of a `Trainer`'s checkpoint too. What
-    this function frees is kept by `save_gates`, or by `model.merge_and_unload().save_pretrained(folder)`, which writes a whole checkpoint.
+    this function frees is kept by `save_gates`, in a `Trainer`'s checkpoints by its callback `KeepGates`, or by
+    `model.merge_and_unload().save_pretrained(folder)`, which writes a whole checkpoint.
 
     Args:
         model: what `peft.get_peft_model` returned, or an `InfiniForCausalLM`.
@@ -39,7 +40,7 @@ def train_gates(model: nn.Module) -> list[str]:
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ['model.blocks.0.attention.beta']
     """
-    gates = _gates(model)
+    gates = gates_of(model)
     for parameter in gates.values():
         parameter.requires_grad_(True)
     return list(gates)
@@ -55,7 +56,7 @@ def save_gates(model: nn.Module, folder: str | os.PathLike) -> None:
     Raises:
         InputError: as `train_gates`.
     """
-    gates = _gates(model)
+    gates = gates_of(model)
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_tensors(Path(folder) / GATES_FILE, gates)
 
@@ -67,7 +68,7 @@ def load_gates(model: nn.Module, folder: str | os.PathLike) -> list[str]:
     Raises:
         InputError: as `train_gates`, or the file is missing, damaged, of another model or not finite.
     """
-    gates, path = _gates(model), Path(folder) / GATES_FILE
+    gates, path = gates_of(model), Path(folder) / GATES_FILE
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -84,7 +85,12 @@ def load_gates(model: nn.Module, folder: str | os.PathLike) -> list[str]:
     return list(gates)
 
 
-def _gates(model: nn.Module) -> dict[str, Tensor]:
+def gates_of(model: nn.Module) -> dict[str, Tensor]:
+    """What `train_gates` frees, by name.
+
+    Raises:
+        InputError: as `train_gates`.
+    """
     found = [module for module in model.modules() if isinstance(module, InfiniForCausalLM)]
     if not found:
         raise InputError(f"{type(model).__name__} holds no InfiniForCausalLM; give the model that get_peft_model returned")

@@ -14,16 +14,19 @@ def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) 
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i + d/2}) of `[batch, tokens, heads, d]` by their positions' angles; dtype of `x` is kept.
+
+    Args:
+        x: queries or keys.
+        cos, sin: `rotary_table` of its tokens.
 
     Example:
         >>> x = torch.randn(1, 1, 1, 8)
-        >>> turned = [rotate(x, rotary_table(torch.tensor([[p]]), 8, 1e4, torch.float32)) for p in (3, 5, 13, 15)]
+        >>> turned = [rotate(x, *rotary_table(torch.tensor([[p]]), 8, 1e4, torch.float32)) for p in (3, 5, 13, 15)]
         >>> near, far = (turned[0] * turned[1]).sum(), (turned[2] * turned[3]).sum()
         >>> torch.allclose(near, far, atol=1e-5)  # scores depend on the distance alone
         True
     """
-    cos, sin = table
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

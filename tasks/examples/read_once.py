@@ -1,17 +1,22 @@
 """Read a book once, keep what was read, load it tomorrow and ask ten questions, each from a copy: `python -m infini.tasks.examples.read_once BOOK`.
 
-The first run reads the book and writes two files of a few megabytes. Every later run, on this machine or another, begins with them.
-Prints seconds and bytes. What is answered depends on the model: the one inside the library knows one question, the pass key's.
+The first run reads the book and writes two files of a few megabytes, and a note on what was read. Every later run, on this machine or
+another, begins with them, after a look whether book and weights are the same. Prints seconds and bytes. What is answered depends on
+the model: the one inside the library knows one question, the pass key's.
 """
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import infini
+from infini.data.text_note import pass_over, write_note
 from infini.data.tokenizer import load_tokenizer
+from infini.report.fingerprint import fingerprint
 
 QUESTIONS = (
     "What is the pass key? The pass key is",
@@ -49,18 +54,23 @@ def answer(book: Path, kept: Path, asked: argparse.Namespace) -> None:
     """The three acts: read and keep, or load; then ask."""
     model = infini.load(asked.checkpoint, asked.device)
     tokenizer = load_tokenizer(model.config)
-    started = time.perf_counter()
-    if kept.exists():
-        session = infini.StreamingSession.restore(kept, model)
-        print(f"loaded {kept.name}: {kept.stat().st_size:,} bytes, {session.tokens_seen:,} tokens read, {_since(started)}")
-    else:
-        session = infini.StreamingSession(model)
-        for ids in _pieces(book, tokenizer):
-            session.feed(ids)
-        print(f"read {book.name}: {book.stat().st_size:,} bytes, {session.tokens_seen:,} tokens, {_since(started)}")
-        started = time.perf_counter()
-        session.save(kept)
-        print(f"saved {kept.name}: {kept.stat().st_size:,} bytes, {_since(started)}")
+    weights, digest, started = fingerprint(model), hashlib.sha256(), time.perf_counter()
+    with open(book, "rb") as file:
+        if kept.exists():
+            session = infini.StreamingSession.restore(kept, model)
+            pass_over(kept, file, digest, session.tokens_seen, weights)
+            if file.read(1):
+                raise infini.InputError(f"{book} goes on where {kept} has stopped reading; name another session file")
+            print(f"loaded {kept.name}: {kept.stat().st_size:,} bytes, {session.tokens_seen:,} tokens read, {_since(started)}")
+        else:
+            session = infini.StreamingSession(model)
+            for ids in _pieces(file, tokenizer, digest):
+                session.feed(ids)
+            print(f"read {book.name}: {file.tell():,} bytes, {session.tokens_seen:,} tokens, {_since(started)}")
+            started = time.perf_counter()
+            session.save(kept)
+            write_note(kept, file.tell(), session.tokens_seen, digest, weights)
+            print(f"saved {kept.name}: {kept.stat().st_size:,} bytes, {_since(started)}")
     read = session.state  # a value: whoever goes on from it leaves it as it is
     for question in asked.questions or QUESTIONS:
         started = time.perf_counter()
@@ -70,16 +80,16 @@ def answer(book: Path, kept: Path, asked: argparse.Namespace) -> None:
         print(f"{question} -> {tokenizer.decode(written)!r}, {_since(started)}, from a copy of {read.nbytes:,} bytes")
 
 
-def _pieces(book: Path, tokenizer, size: int = 2**16):
-    """The ids of a file, a piece at a time, cut where no token lies across."""
-    with open(book, "rb") as file:
-        waiting = b""
-        while part := file.read(size):
-            text = waiting + part
-            whole = tokenizer.cut(text)
-            waiting = text[whole:]
-            if whole:
-                yield tokenizer.encode_bytes(text[:whole]).tolist()
+def _pieces(file: BinaryIO, tokenizer, digest, size: int = 2**16):
+    """The ids of a file, a piece at a time, cut where no token lies across; `digest` gets its bytes."""
+    waiting = b""
+    while part := file.read(size):
+        digest.update(part)
+        text = waiting + part
+        whole = tokenizer.cut(text)
+        waiting = text[whole:]
+        if whole:
+            yield tokenizer.encode_bytes(text[:whole]).tolist()
     if waiting:
         yield tokenizer.encode_bytes(waiting).tolist()
 

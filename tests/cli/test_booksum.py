@@ -136,6 +136,7 @@ def test_the_prompt_of_the_command_is_that_of_training():
     ("asked", "message"),
     [
         (["summarize", "input=nowhere.txt"], "input is 'nowhere.txt'; there is no such file"),
+        (["summarize", "input=/"], "input is '/', which is no regular file; give a text file on a disk"),
         (["summarize", "input=latin.txt"], "latin.txt is not UTF-8 text .*near byte 22.*iconv"),
         (["summarize", "input=cut.txt"], "cut.txt is not UTF-8 text .it ends inside a character"),
         (["summarize", "input=short.txt"], "short.txt has 12 tokens, less than a segment of this model .32."),

@@ -196,6 +196,33 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_a_passkey_run_that_a_scheduler_stops_says_so_and_keeps_its_cells(checkpoint, tmp_path):
+    command = [*COMMAND, "passkey", f"checkpoint={checkpoint}", "lengths=[320,100000000]", "depths=[0]", "device=cpu", "output=out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/cells/320-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.endswith("\ninterrupted: what is finished is kept, the same command goes on from there\n") and "Traceback" not in errors
+    assert out == "" and list(tmp_path.glob("out/cells/320-*.json"))
+
+
+def test_sigterm_is_left_as_it_was(monkeypatch):
+    seen = []
+    monkeypatch.setattr("infini.cli.report.run", lambda arguments: seen.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for handler in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGTERM, handler)
+            assert cli.main(["report"]) == 0
+            assert signal.getsignal(signal.SIGTERM) == handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.default_int_handler, signal.SIG_IGN]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
 @pytest.mark.parametrize("asked", ["--help", "--version"])
 def test_a_full_disk_under_the_output_is_said(asked):

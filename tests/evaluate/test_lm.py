@@ -109,6 +109,8 @@ def test_a_shipped_model_by_name_as_the_command_line_gives_it():
         ({"batch_size": "auto"}, "batch_size is 'auto'; give a number"),
         ({"batch_size": -1}, "batch_size is -1; give a number"),
         ({"piece": 0}, "piece is 0; it must be at least 1"),
+        ({"piece": 2.5}, "piece is 2.5; give a number"),
+        ({"max_gen_toks": "many"}, "max_gen_toks is 'many'; give a number"),
         ({"dtype": "float23"}, "dtype is 'float23'"),
         ({"pretrained": "nowhere"}, "there is no checkpoint folder 'nowhere'"),
     ],
@@ -116,6 +118,15 @@ def test_a_shipped_model_by_name_as_the_command_line_gives_it():
 def test_bad_options_are_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         InfiniLM(**{"device": "cpu"} | options)
+
+
+@pytest.mark.parametrize("given", ["pretrained=passkey-bytes-12m,trust_remote_code=True", {"trust_remote_code": True, "batch_size": 2}])
+def test_an_unknown_argument_is_one_sentence(given):
+    create = InfiniLM.create_from_arg_string if isinstance(given, str) else InfiniLM.create_from_arg_obj
+    with pytest.raises(InputError) as caught:
+        create(given, {"device": "cpu"})
+    known = ["pretrained", "tokenizer", "batch_size", "max_batch_size", "device", "dtype", "piece", "max_gen_toks"]
+    assert str(caught.value) == f"model_args has ['trust_remote_code']; this model knows {known}"
 
 
 def test_bad_requests_are_refused(wrap):

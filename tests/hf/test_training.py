@@ -7,8 +7,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, defau
 
 import infini
 from infini.errors import InputError
-from infini.hf import InfiniForCausalLM, InfiniHFConfig, load_gates, save_gates, train_gates
+from infini.hf import InfiniForCausalLM, InfiniHFConfig, KeepGates, load_gates, save_gates, train_gates
 from tests.hf.conftest import LONG, SHAPE
+
+FUTURE = "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # PEFT asks for it
 
 
 @pytest.fixture
@@ -17,11 +19,12 @@ def rows():
     return [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for _ in range(8)]
 
 
-def fit(model, rows, folder, **changes):
+def fit(model, rows, folder, callbacks=(), **changes):
     asked = dict(per_device_train_batch_size=4, max_steps=8, learning_rate=1e-2, report_to="none", disable_tqdm=True)
     asked |= dict(logging_strategy="no", save_strategy="no", use_cpu=True, dataloader_pin_memory=False, seed=0)
     arguments = TrainingArguments(output_dir=str(folder), **asked | changes)
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator)
+    data = dict(train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator)
+    trainer = Trainer(model, arguments, **data, callbacks=list(callbacks))
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=changes.get("resume_from_checkpoint"))
     return trainer, before, trainer.evaluate()["eval_loss"]
@@ -56,7 +59,7 @@ def test_trainer_goes_on_from_its_own_checkpoint(rows, tmp_path):
         torch.testing.assert_close(again.model.get_parameter(name), parameter, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.filterwarnings(FUTURE)
 def test_lora_trains_adapters_and_gates_alone_and_merges_into_a_checkpoint(make, rows, tmp_path):
     peft = pytest.importorskip("peft")
     base = make(**LONG)
@@ -97,6 +100,80 @@ def test_lora_trains_adapters_and_gates_alone_and_merges_into_a_checkpoint(make,
     assert load_gates(again, adapter) == gates
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def adapted(make):
+    """Makes the same model with an adapter and free gates each time."""
+    peft = pytest.importorskip("peft")
+
+    def build():
+        base = make(**LONG)
+        torch.manual_seed(3)
+        model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        train_gates(model)
+        return model
+
+    return build
+
+
+def trained(model):
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+KEPT = dict(label_names=["labels"], save_strategy="steps", save_steps=4, lr_scheduler_type="constant")
+
+
+@pytest.mark.filterwarnings(FUTURE)
+@pytest.mark.parametrize("restored", [False, True], ids=["", "restore_callback_states_from_checkpoint"])
+def test_trainer_goes_on_with_adapter_and_gates_of_its_checkpoint(adapted, rows, tmp_path, restored):
+    whole, _, _ = fit(adapted(), rows, tmp_path / "whole", callbacks=[KeepGates()], **KEPT)
+    fit(adapted(), rows, tmp_path / "half", callbacks=[KeepGates()], max_steps=4, **KEPT)
+    resume = dict(resume_from_checkpoint=str(tmp_path / "half/checkpoint-4"), restore_callback_states_from_checkpoint=restored)
+    again, _, _ = fit(adapted(), rows, tmp_path / "half", callbacks=[KeepGates()], **KEPT, **resume)
+    assert again.state.global_step == 8
+    expected = trained(whole.model)
+    for name, parameter in trained(again.model).items():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-5)
+    # The checkpoint of the run that went on can be gone on from too, and holds what it ended with.
+    fresh = adapted()
+    load_gates(fresh, tmp_path / "half/checkpoint-8")
+    gates = dict(fresh.named_parameters())
+    assert all(torch.equal(gates[name], parameter) for name, parameter in trained(again.model).items() if "lora_" not in name)
+
+
+@pytest.mark.filterwarnings(FUTURE)
+def test_the_best_adapter_has_its_own_gates(adapted, rows, tmp_path):
+    best = dict(eval_strategy="steps", eval_steps=4, load_best_model_at_end=True, metric_for_best_model="eval_loss")
+    asked = KEPT | best | {"greater_is_better": True}  # the first, because the loss falls
+    trainer, _, _ = fit(adapted(), rows, tmp_path, callbacks=[KeepGates()], **asked)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    early, _, _ = fit(adapted(), rows, tmp_path / "early", callbacks=[KeepGates()], max_steps=4, **KEPT)
+    expected = trained(early.model)
+    for name, parameter in trained(trainer.model).items():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings(FUTURE)
+def test_gates_of_another_checkpoint_are_not_gone_on_with(adapted, rows, tmp_path):
+    """A trainer may be told of a checkpoint anywhere; in its own folder another run's may have the same number."""
+    asked = KEPT | {"max_steps": 4}
+    mine, _, _ = fit(adapted(), rows, tmp_path / "mine", callbacks=[KeepGates()], **asked)
+    fit(adapted(), rows, tmp_path / "other", callbacks=[KeepGates()], **asked | {"learning_rate": 3e-2})
+    elsewhere = asked | {"resume_from_checkpoint": str(tmp_path / "mine/checkpoint-4")}
+    for output in ("other", "empty"):
+        with pytest.raises(InputError, match=rf"{output}/checkpoint-4 does not hold the gates .* load_gates\(model, CHECKPOINT\)"):
+            fit(adapted(), rows, tmp_path / output, callbacks=[KeepGates()], **elsewhere)
+    model = adapted()
+    load_gates(model, tmp_path / "mine/checkpoint-4")
+    again, _, _ = fit(model, rows, tmp_path / "other", callbacks=[KeepGates()], **elsewhere)  # nothing is left to train
+    expected = trained(mine.model)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in trained(again.model).items())
+
+    fit(adapted(), rows, tmp_path / "plain", **asked)
+    plain = asked | {"resume_from_checkpoint": str(tmp_path / "plain/checkpoint-4")}
+    with pytest.raises(InputError, match="the checkpoint of step 4 was saved without KeepGates, and does not say which gates"):
+        fit(adapted(), rows, tmp_path / "plain", callbacks=[KeepGates()], **plain)
 
 
 def test_gates_that_do_not_fit_are_refused(make, tmp_path):

@@ -67,6 +67,29 @@ def test_a_dtype_that_spoils_weights_is_refused(tmp_path):
     model.save_pretrained(tmp_path, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(dtype=torch.int8), r"dtype is torch\.int8; parameters are one of torch\.float32, torch\.bfloat16, "),
+        (dict(dtype="bfloat16"), "dtype is 'bfloat16'; parameters are one of"),
+        (dict(device="cuda:99"), r"device is 'cuda:99', but there are \d+ CUDA devices: use device=cpu"),
+        (dict(device="cuda:first"), "device is 'cuda:first', which names none: use cpu, cuda or cuda:N"),
+        (dict(device="vulkan"), "device is 'vulkan', which is not here: use cpu"),
+        (dict(attention="misspelt"), "attention is 'misspelt'; choose one of auto, .*sdpa, eager"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_had_is_said_before_weights_are_read(folder, options, sentence, monkeypatch):
+    monkeypatch.setattr("infini.checkpoint.read_weights", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match=sentence):
+        infini.load(folder, **options)
+
+
+def test_a_memory_backend_that_there_is_not():
+    with pytest.raises(InputError, match="memory_backend is 'cuda'; choose one of auto, triton, torch"):
+        InfiniTransformer(InfiniConfig(**SHAPE), memory_backend="cuda")
+
+
 def refused(folder, message):
     with pytest.raises(InputError, match=message) as caught:
         infini.load(folder)

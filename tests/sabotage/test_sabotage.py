@@ -173,7 +173,7 @@ SABOTAGES = {
         [f"{ANY}any_split_gives_the_same[paper-linear-12x6x3]", f"{WHOLE}from_a_state_equals_the_oracle[paper-linear-13-parallel]"],
     ),
     "turned-keys-in-memory": (
-        [(ATTENTION, "q, k, v, strength, mixed,", "q, rotate(k, rotary), v, strength, mixed,")],
+        [(ATTENTION, "q, k, v, strength, mixed,", "q, rotate(k, *rotary), v, strength, mixed,")],
         [f"{LAYER}positions_turn_local_attention_alone", f"{WHOLE}from_nothing_equals_the_oracle[paper-linear-parallel]"],
     ),
     "rotary-exponent": (

@@ -206,6 +206,14 @@ def test_sampling_is_repeatable(model):
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"temperature": float("nan")}, "temperature nan; neither may be negative"),
+        ({"top_p": float("nan")}, "top_p is nan; it must be above 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens is None; it must be a whole number"),
+        ({"temperature": "0.7"}, "temperature is '0.7'; it must be a number"),
+        ({"temperature": None}, "temperature is None; it must be a number"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be a whole number"),
+        ({"top_k": float("nan")}, "top_k is nan; it must be a whole number"),
+        ({"top_p": "0.9"}, "top_p is '0.9'; it must be a number"),
         ({"stop_ids": [20]}, r"stop_ids are \[20\]; no row would ever yield what is no id from 0 to 19"),
         ({"stop_ids": [1.5]}, r"stop_ids are \[1\.5\]"),
     ],
@@ -243,6 +251,10 @@ def test_bad_text_is_refused_and_the_session_lives_on(model):
     assert session.state is before and session.tokens_seen == 14
     with pytest.raises(InputError, match="piece is 0"):
         StreamingSession(model, piece=0)
+    with pytest.raises(InputError, match="piece is 2.5; it must be a whole number"):
+        StreamingSession(model, piece=2.5)
+    with pytest.raises(InputError, match="batch_size is '2'; it must be a whole number"):
+        StreamingSession(model, batch_size="2")
     with pytest.raises(InputError, match="batch_size is 0; a session needs at least 1 stream"):
         StreamingSession(model, batch_size=0)
     with pytest.raises(InputError, match="batch_size is 3, but the state has 2 rows"):

@@ -37,6 +37,28 @@ def test_ten_questions_today_and_tomorrow(folder, capsys):
         assert line == f"{question} -> {written!r}"
 
 
+def test_a_session_of_another_book_or_other_weights_is_refused(folder, capsys):
+    book = folder / "book.txt"
+    text = book.read_bytes()
+    asked = [str(book), "--checkpoint", str(folder / "model"), "--tokens", "2", "--question", "Who?"]
+    assert read_once.main(asked) == 0
+    for other, sentence in (
+        (b"X" + text[1:], "book.txt.session has read another text than"),
+        (text[:-1], "book.txt.session has read another text than"),
+        (text + b"More.", "book.txt goes on where"),
+    ):
+        book.write_bytes(other)
+        assert read_once.main(asked) == 2
+        assert sentence in (error := capsys.readouterr().err) and error.endswith("name another session file\n")
+    book.write_bytes(text)
+    model = InfiniTransformer.from_pretrained(folder / "model")
+    with torch.no_grad():
+        model.norm.weight[1] += 2**-20  # too little for the session's own look at a sample of the weights
+    model.save_pretrained(folder / "model")
+    assert read_once.main(asked) == 2
+    assert "book.txt.session was read by a model with other weights" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_sentence(folder, capsys):
     assert read_once.main([str(folder / "nowhere.txt"), "--checkpoint", str(folder / "model")]) == 2
     assert "nowhere.txt" in capsys.readouterr().err

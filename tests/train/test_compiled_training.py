@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler warns abo
 
 N = 8
 SHAPE = dict(vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, segment_length=N)
-TOLD = r"step (\d+): \d+ graphs were compiled in \d+\.\d s$"
+TOLD = r"step (\d+): (\d+) graphs were compiled in \d+\.\d s$"
 
 # Rows, segments, segments of a gap. Some numbers of rows are also those of heads, taps, widths and tokens, which a compiler may
 # take one for the other.
@@ -55,7 +55,7 @@ class Mixed:
 
 @dataclasses.dataclass
 class Stream:
-    """Rows that go on from batch to batch; from the third on a document begins in one of them."""
+    """Two streams in turn, of different rows and lengths; from the third batch on a document begins in one of the first's rows."""
 
     steps: int = 5
 
@@ -64,11 +64,12 @@ class Stream:
 
     def __getitem__(self, index):
         random = torch.Generator().manual_seed(index)
-        tokens = torch.randint(12, (3, 2 * N + 1), generator=random, dtype=torch.uint8)
+        rows, segments = ((3, 2), (5, 4))[index % 2]
+        tokens = torch.randint(12, (rows, segments * N + 1), generator=random, dtype=torch.uint8)
         reset = torch.zeros(tokens.shape, dtype=torch.bool)
         if index in (2, 4):
             reset[1, 1 + index] = True
-        return Batch(tokens, torch.zeros_like(reset), 2, stream=0, reset=reset)
+        return Batch(tokens, torch.zeros_like(reset), segments, stream=index % 2, reset=reset)
 
 
 @pytest.fixture
@@ -154,24 +155,34 @@ def test_streams_compile_little(changes, most, graphs, tmp_path):
     assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
 
 
+# Graphs of the first step, half of them without gradient, and of those in which a document begins: there rows have tables of
+# positions each, and it parts the convolution.
 BASELINES = {
-    "transformer_xl": (TransformerXL, {}),
-    "transformer_xl_post_norm": (TransformerXL, {"norm": "post"}),
-    "memorizing": (MemorizingTransformer, {"memory_size": 4 * N, "top_k": 3}),
-    "sliding": (FullTransformer, {"window": N}),
-    "rmt": (RecurrentMemoryTransformer, {"num_memory_tokens": 2}),
-    "gated_deltanet": (GatedDeltaNet, {}),
+    "transformer_xl": (TransformerXL, {}, 4, 0),
+    # The first layer's end reads embeddings, the others' what an end gave.
+    "transformer_xl_post_norm": (TransformerXL, {"norm": "post"}, 6, 0),
+    # The layer with the memory has projections of its own.
+    "memorizing": (MemorizingTransformer, {"memory_size": 4 * N, "top_k": 3}, 8, 4),
+    "sliding": (FullTransformer, {"window": N}, 4, 2),
+    "rmt": (RecurrentMemoryTransformer, {"num_memory_tokens": 2}, 4, 0),
+    # Layers of two kinds; the recurrent one has a part behind its recurrence too.
+    "gated_deltanet": (GatedDeltaNet, {}, 8, 4),
 }
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_every_model_compiles_the_end_of_its_blocks(name, graphs, tmp_path):
+def test_every_model_compiles_what_stands_around_its_attention(name, graphs, tmp_path, caplog):
+    caplog.set_level("INFO", logger="infini.train")
+    model_class, options, first, with_documents = BASELINES[name]
+
     def build():
         torch.manual_seed(0)
-        model_class, options = BASELINES[name]
-        return model_class(model_class.config_class(**SHAPE, **options))
+        return model_class(model_class.config_class(**SHAPE, **options, initializer_range=0.3))
 
     plain = run(build(), Stream(), tmp_path / "plain")
     compiled = run(build(), Stream(), tmp_path / "compiled", compile=True)
-    assert len(graphs) == 2
+    told = [(int(found[1]), int(found[2])) for message in caplog.messages if (found := re.match(TOLD, message))]
+    assert sum(count for step, count in told if step == 1) == first
+    assert sum(count for step, count in told if step in (3, 5)) == with_documents
+    assert len(graphs) == first + with_documents
     assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
