@@ -257,7 +257,7 @@ class StreamingSession:
                 f"StreamingSession(model, state={type(state).__name__}.load(path)), and feed it a token"
             )
         weights = _sample(model)
-        if "weights" in rest and not torch.allclose(rest["weights"], weights, rtol=2**-6, atol=2**-10):  # the same in any dtype
+        if "weights" in rest and not torch.allclose(rest["weights"], weights, rtol=2**-7, atol=2**-24):  # the rounding of 16 bits
             raise InputError(f"{path} was read by a model with other weights; load these, or read the text again")
         if logits is not None:
             session._logits, session._known = logits.to(device), ~logits.isnan().all(dim=1)

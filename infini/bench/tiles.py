@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from infini.bench.alone import LEAD, Case, Piece, prove_all
+from infini.bench.alone import LEAD, prove_all
 from infini.bench.clock import cold_milliseconds, copy_bandwidth, product_rate
 from infini.bench.memory import Shape
+from infini.bench.pieces import Case, Piece
 from infini.bench.trial import Ceilings
 from infini.errors import InputError
 from infini.kernels.tiles import HOPPER_SHARED, Tiles, kind_of

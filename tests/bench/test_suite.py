@@ -10,6 +10,7 @@ from infini import InfiniConfig, InfiniTransformer, InputError
 from infini.attention import InfiniAttention
 from infini.bench import alone, attend, clock, curve, memory, shipped, suite, trial
 from infini.bench.memory import MemoryCase, Shape
+from infini.bench.pieces import Case
 from infini.bench.suite import BenchSettings, run
 from infini.bench.trial import Ceilings, Trial, measure
 from infini.bench.work import Work
@@ -218,7 +219,7 @@ def test_settings_that_make_no_sense_are_refused(changes, words):
 @pytest.mark.parametrize("variant", ["gated", "delta", "deltanet"])
 def test_every_kernel_alone_equals_its_plain_twin(variant, kernel_device):
     """Also with other tiles, in every way that a kernel has."""
-    case = alone.Case(Shape(1, 64, 32, 4, 2, 16, variant), kernel_device)
+    case = Case(Shape(1, 64, 32, 4, 2, 16, variant), kernel_device)
     for name, piece in case.pieces().items():
         piece.agree()
         if piece.table:
