@@ -17,7 +17,7 @@ def load(
     """Load a model, in evaluation mode: a checkpoint folder, or one that the library ships, by name (None: the first).
 
     Args:
-        name_or_folder: for example `"passkey-bytes-12m"` or a path.
+        name_or_folder: for example `"passkey-mixed-12m"` or a path.
         device: where to.
         dtype: of the parameters, float32 by default; memories are float32 in any case.
         attention: backend of local attention: `auto`, `flash`, `sdpa`, `eager`.

@@ -99,7 +99,7 @@ def test_importing_registers_the_model_and_keeps_the_others():
 
 
 def test_a_shipped_model_by_name_as_the_command_line_gives_it():
-    lm = InfiniLM.create_from_arg_string("pretrained=passkey-bytes-12m,dtype=bfloat16,piece=64", {"batch_size": "2", "device": "cpu"})
+    lm = InfiniLM.create_from_arg_string("pretrained=passkey-mixed-12m,dtype=bfloat16,piece=64", {"batch_size": "2", "device": "cpu"})
     assert (lm.batch_size, lm.piece, next(lm.model.parameters()).dtype) == (2, 64, torch.bfloat16)
 
 
@@ -120,7 +120,7 @@ def test_bad_options_are_refused(options, sentence):
         InfiniLM(**{"device": "cpu"} | options)
 
 
-@pytest.mark.parametrize("given", ["pretrained=passkey-bytes-12m,trust_remote_code=True", {"trust_remote_code": True, "batch_size": 2}])
+@pytest.mark.parametrize("given", ["pretrained=passkey-mixed-12m,trust_remote_code=True", {"trust_remote_code": True, "batch_size": 2}])
 def test_an_unknown_argument_is_one_sentence(given):
     create = InfiniLM.create_from_arg_string if isinstance(given, str) else InfiniLM.create_from_arg_obj
     with pytest.raises(InputError) as caught:

@@ -32,11 +32,11 @@ def test_the_fields_and_defaults_are_those_of_infini_config():
 
 
 def test_the_shipped_model_loads_by_the_auto_classes():
-    auto = AutoModelForCausalLM.from_pretrained(SHIPPED / "passkey-bytes-12m")
+    auto = AutoModelForCausalLM.from_pretrained(SHIPPED / "passkey-mixed-12m")
     assert isinstance(auto, InfiniForCausalLM) and not auto.training
     assert auto.dtype == torch.float32  # as infini.load; the file holds float16
-    assert same(auto, infini.load("passkey-bytes-12m"))
-    half = AutoModelForCausalLM.from_pretrained(SHIPPED / "passkey-bytes-12m", dtype=torch.bfloat16)
+    assert same(auto, infini.load("passkey-mixed-12m"))
+    half = AutoModelForCausalLM.from_pretrained(SHIPPED / "passkey-mixed-12m", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
 
 
