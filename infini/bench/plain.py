@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infini.attention import project
 from infini.layers.rotary import rotary_table, rotate
 from infini.model import InfiniTransformer
 
@@ -35,11 +36,12 @@ class PlainStep:
         self.model, config, like = model, model.config, model.embedding.weight
         shape = (2, rows, config.num_key_value_heads, capacity, config.head_dim)
         self.caches = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.blocks]
+        self.inputs = [like.new_zeros(rows, config.short_conv, config.hidden_size) for _ in model.blocks]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache."""
-        return sum(cache.nbytes for cache in self.caches)
+        """Bytes of the cache, and of what a short convolution reaches back to."""
+        return sum(tensor.nbytes for tensor in self.caches + self.inputs)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, place: int) -> Tensor:
@@ -49,9 +51,12 @@ class PlainStep:
         here = torch.full((1, 1), place, device=x.device)
         rotary = rotary_table(here, config.head_dim, config.rope_theta, torch.promote_types(torch.float32, x.dtype))
         grouped = config.num_key_value_heads != config.num_attention_heads
-        for block, (keys, values) in zip(model.blocks, self.caches, strict=True):
-            layer, normed = block.attention, block.attention_norm(x)
-            q, k, v = (proj(normed).unflatten(-1, (-1, config.head_dim)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+        for block, (keys, values), inputs in zip(model.blocks, self.caches, self.inputs, strict=True):
+            layer, normed, before = block.attention, block.attention_norm(x), None
+            if config.short_conv:
+                before = inputs.clone()
+                inputs.copy_(torch.cat([before, normed], dim=1)[:, 1:])
+            q, k, v, _ = project(layer, normed, before, None)
             keys[:, :, place : place + 1] = rotate(k, *rotary).transpose(1, 2)
             values[:, :, place : place + 1] = v.transpose(1, 2)
             seen = (cache[:, :, : place + 1] for cache in (keys, values))

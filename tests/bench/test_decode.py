@@ -27,16 +27,19 @@ def time_tiny(output, **options):
     return decode.run(output, **asked | {"dtype": torch.float32} | options)
 
 
+@pytest.mark.parametrize("taps", [0, 3])
 @torch.no_grad()
-def test_the_yardstick_is_plain_attention():
-    config = InfiniConfig(**TINY | {"initializer_range": 0.3}, memory_layers=(), local_attention="sliding", window=30)
+def test_the_yardstick_is_plain_attention(taps):
+    config = InfiniConfig(**TINY | {"initializer_range": 0.3}, memory_layers=(), local_attention="sliding", window=30, short_conv=taps)
     model, text = InfiniTransformer(config).double(), torch.randint(256, (2, 30))
+    for block in model.blocks if taps else ():
+        torch.nn.init.normal_(block.attention.short_conv.weight)
     step = PlainStep(model, 31, rows=2)
     for cache in step.caches:
         cache.fill_(float("nan"))  # what is not read yet is not seen
     found = torch.stack([step.step(text[:, i], i) for i in range(30)], 1)
     assert_equal_to_oracle("logits", found, model(text)[0])
-    assert step.nbytes == 2 * 2 * 2 * 2 * 31 * 8 * 8
+    assert step.nbytes == 2 * (2 * 2 * 2 * 31 * 8 + 2 * taps * 32) * 8
 
 
 def test_rows_and_record(tmp_path, capsys):
