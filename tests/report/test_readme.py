@@ -18,40 +18,61 @@ def read(source: str) -> dict:
     return json.loads((ROOT / source).read_text())
 
 
-def pooled(record: dict) -> list[str]:
-    """The README's rows: cells of one length taken together."""
-    rows = []
-    for length in sorted({row["length"] for row in record["rows"]}):
-        cells = [row for row in record["rows"] if row["length"] == length]
-        samples = sum(row["samples"] for row in cells)
-        exact = sum(row["exact_match"] * row["samples"] for row in cells) / samples
-        digits = sum(row["digit_accuracy"] * row["samples"] for row in cells) / samples
-        worst = min(row["exact_match"] for row in cells)
-        rows.append(f"| {length:,} | {exact:.1%} of {samples} | {worst:.1%} | {digits:.1%} |".replace("%", " %"))
-    return rows
-
-
-def test_the_table_is_the_record():
-    sources, table = re.search(r"<!-- passkey: (.+) -->\n((?:\|.*\n)+)", README).groups()
-    rows = [row for source in sources.split() for row in pooled(read(source))]
-    assert table.splitlines()[2:] == rows
-
-
 def right_of(rows: list[dict]) -> str:
     """"398 of 400", cells taken together."""
     return f"{sum(round(row['exact_match'] * row['samples']) for row in rows)} of {sum(row['samples'] for row in rows)}"
 
 
-def test_other_seeds_are_those_of_their_records():
+FAR = "results/passkey_mixed_12m_far"
+
+
+def of_seeds(names: list[str], length: int, folder: str = FAR) -> str:
+    """"220, 219 of 220": both seeds in the records of these names, as far as they were asked; nothing where none was."""
+    told = []
+    for seed in (0, 1):
+        sources = [f"{folder}/seed{seed}/{name}/record.json" for name in names]
+        rows = [row for source in sources if (ROOT / source).exists() for row in read(source)["rows"] if row["length"] == length]
+        told += [right_of(rows)] if rows else []
+    return ", ".join([cell.split()[0] for cell in told[:-1]] + told[-1:])
+
+
+def test_the_table_is_the_records():
+    (table,) = re.findall(rf"<!-- two seeds: {FAR} -->\n((?:\|.*\n)+)", README)
+    names = re.findall(r"\(`(\w+)`\)", table.splitlines()[0])
+    assert len(names) == 2 and len(table.splitlines()) == 10
+    for line in table.splitlines()[2:]:
+        length, *told = (cell.strip() for cell in line.strip("|\n").split("|"))
+        for name, cell in zip(names, told, strict=True):
+            assert cell == of_seeds([f"{name}{more}" for more in ("", "_million", "_10m", "_100m")], int(length.replace(",", "")))
+
+
+def test_before_and_after_are_the_records():
+    (line,) = re.findall(r"^\| filler, 1,048,576 tokens \|.*$", README, re.M)
+    (text,) = re.findall(r"^\| natural text, 1,048,576 tokens \|.*$", README, re.M)
+    for told, name in ((line, "repeat_million"), (text, "natural_text_million")):
+        plain = re.sub(r"\[(\d+)\]\([^)]*\)", r"\1", told)
+        assert [cell.strip() for cell in plain.strip("|").split("|")[1:]] == [
+            of_seeds([name], 2**20, "results/passkey_mixed_12m_conv8/linear"), of_seeds([name], 2**20),
+        ]  # fmt: skip
+    for told, name in re.findall(r"\[(\d+)\]\(results/(passkey_mixed_12m_\w+/(?:linear/)?seed\d/\w+)/record.md\)", README):
+        assert told == right_of(read(f"results/{name}/record.json")["rows"]).split()[0]
+    both = [read(f"{folder}/seed1/training/record.json") for folder in ("results/passkey_mixed_12m_conv8/linear", FAR)]
+    assert f"trained for {sum(record['metrics']['seconds'] for record in both) / 60:.0f} minutes on one H200" in README
+    assert f"`experiment=passkey_mixed_12m_far`, {both[1]['metrics']['seconds']:.0f} seconds)" in README
+
+
+def test_the_first_model_is_its_records():
     folder = "results/passkey_bytes_12m"
-    assert f"it finds {right_of(read(f'{folder}/passkey_seed1/record.json')['rows'])} keys" in README
-    assert f"another seed finds {right_of(read(f'{folder}/seed1/passkey_seed1/record.json')['rows'])}," in README
-    assert f"and at a million tokens {right_of(read(f'{folder}/seed1/million/record.json')['rows'])}." in README
-    assert read(f"{folder}/seed1/training/record.json")["seeds"]["train"] == 1
+    record = read(f"{folder}/training/record.json")
+    longest = record["data"]["max_segments"] * record["data"]["segment_length"]
+    assert f"trained for {record['metrics']['seconds']:.0f} seconds on texts of at most {longest:,} tokens" in README
+    assert f"it finds {right_of(read(f'{folder}/million/record.json')['rows'])} at a million in filler" in README
+    rows = read(f"{folder}/untrained/natural_text/record.json")["rows"]
+    assert f"{right_of(rows)} up to {max(row['length'] for row in rows):,} in a book" in README
 
 
 def test_peak_memory_does_not_grow():
-    peaks = {row["peak_memory_bytes"] for row in read("results/passkey_bytes_12m/peak_memory/record.json")["rows"]}
+    peaks = {row["peak_memory_bytes"] for row in read(f"{FAR}/seed1/peak_memory/record.json")["rows"]}
     assert len(peaks) == 1 and "the same to the byte" in README
 
 
@@ -68,13 +89,16 @@ def test_drift_is_its_record():
     assert f"within {last['read_error']:.0e} of its fp64 copy" in README
 
 
-def test_numbers_in_the_text_are_the_training_record():
-    record = read("results/passkey_bytes_12m/training/record.json")
-    metrics, data = record["metrics"], record["data"]
-    assert f"{metrics['parameters'] / 1e6:.1f}M-parameter" in README
-    assert f"trained for {metrics['seconds']:.0f} seconds on one H200" in README
-    assert [gpu["name"] for gpu in record["machine"]["gpus"]] == ["NVIDIA H200"]
-    assert f"at most {data['max_segments'] * data['segment_length']:,} tokens" in README
+def test_how_far_training_reached_is_its_records():
+    records = [read(f"{FAR}/seed{seed}/training/record.json") for seed in (0, 1)]
+    gradient, text = (max(record["metrics"][key] for record in records) for key in ("gradient_tokens", "text_tokens"))
+    assert f"at most {gradient:,} tokens that were really read" in README
+    assert f"States of texts of up to {text:,} tokens were seen" in README
+    for seed, record in enumerate(records):
+        assert f"{record['metrics']['parameters'] / 1e6:.1f}M-parameter" in README
+        assert record["seeds"]["train"] == record["data"]["seed"] == seed
+        assert [gpu["name"] for gpu in record["machine"]["gpus"]] == ["NVIDIA H200"]
+        assert record["data"]["gap_share"] == 0.5 and record["metrics"]["steps"] == 2000
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
@@ -140,20 +164,6 @@ def test_two_seeds_are_told_with_the_numbers_of_their_records(folder, table):
             assert cell == (", ".join([right[0].split()[0], right[1]]) if right[0] != "0 of 0" else "")
 
 
-def test_how_far_beyond_a_million_the_seed_goes():
-    folder = "results/passkey_mixed_12m_conv8/linear/seed1"
-    for told, name in re.findall(rf"\[(\d+)\]\({folder}/(\w+)/record.md\)", README):
-        assert told == right_of(read(f"{folder}/{name}/record.json")["rows"]).split()[0]
-    natural = [read(f"results/passkey_mixed_12m_conv8/linear/seed{seed}/natural_text_million/record.json")["rows"] for seed in (0, 1)]
-    worst = min(round(row["exact_match"] * row["samples"]) for rows in natural for row in rows)
-    assert f"{right_of(sum(natural, []))} keys are found, at no depth less than {worst} of 20" in README
-
-
-def test_what_is_said_of_books_is_the_record():
-    rows = read("results/passkey_bytes_12m/untrained/natural_text/record.json")["rows"]
-    assert f"it finds {right_of(rows)} keys up to {max(row['length'] for row in rows):,} tokens" in README
-
-
 BENCHMARKS = "results/benchmarks/h200"
 
 
@@ -193,17 +203,23 @@ def test_decoding_is_that_of_the_record():
     assert f"takes {cache / 1e9:.1f} GB and still fits; the memory's state takes {last['state_bytes'] / 1e6:.1f} MB" in README
 
 
-def test_how_far_the_training_with_other_needles_reached_is_its_records():
-    records = [read(f"results/passkey_mixed_12m_conv8/linear/seed{seed}/training/record.json") for seed in (0, 1)]
-    gradient, text = (max(record["metrics"][key] for record in records) for key in ("gradient_tokens", "text_tokens"))
-    assert f"gradients through at most {gradient:,} tokens, states of up to {text:,} tokens seen" in README
-    for seed, record in enumerate(records):
-        assert f"trained for {record['metrics']['seconds'] / 60:.0f} minutes" in README
-        assert record["seeds"]["train"] == record["data"]["seed"] == seed
-
-
 def test_a_million_tokens_are_read_as_fast_as_fewer():
-    folder = "results/passkey_mixed_12m_conv8/linear/seed0"
-    rows = read(f"{folder}/natural_text/record.json")["rows"] + read(f"{folder}/natural_text_million/record.json")["rows"]
-    rate = {n: max(row["tokens_per_second"] for row in rows if row["length"] == n) / 1e6 for n in (131072, 2**20)}
+    rate = {row["length"]: row["tokens_per_second"] / 1e6 for row in read(f"{BENCHMARKS}/reading/record.json")["rows"]}
     assert f"read at {rate[2**20]:.1f}M tokens/s" in README and rate[2**20] > 0.98 * rate[131072]
+
+
+def test_windows_are_those_of_the_record():
+    shape = {"rows": 1, "tokens": 131072, "heads": 8, "groups": 8, "head_dim": 128, "segment_length": None, "window": 2048, "document": 0}
+    rows = [row_of(f"{BENCHMARKS}/reach/record.json", kernel="triton", shape=shape, direction=way) for way in ("forward", "forward + backward")]
+    ratios = [row["ratio"] for row in rows if row["against"] == "bands"]
+    assert "| {:.2f}; {:.2f} |".format(*ratios) in README
+
+
+def test_decoding_of_a_billion_parameters_is_that_of_the_record():
+    first, last = (row_of("results/decode_1b/record.json", model="infini", path="graph", context=n) for n in (4096, 2**20))
+    assert f"| {last['milliseconds'] / first['milliseconds']:.2f}; {last['milliseconds']:.2f} |" in README
+    plain = [row_of("results/decode_1b/record.json", model="plain", path="graph", context=n)["milliseconds"] for n in (4096, 131072)]
+    assert "in {:.2f} ms after 4,096 and {:.2f} ms after 131,072".format(*plain) in README
+    large = row_of("results/decode_1b/record.json", model="plain", context=2**20)
+    assert large["out_of_memory"] and f"its cache of {large['state_bytes'] / 1e9:.0f} GB" in README
+    assert f"the memory's state takes {last['state_bytes'] / 1e6:.0f} MB" in README

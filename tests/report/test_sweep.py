@@ -11,6 +11,7 @@ from infini.report.jobs import note_job, plan_jobs
 from infini.report.pooled import compare
 from infini.report.record import write_record
 from infini.report.sweep import gather
+from infini.report.sweep_overview import overview_table
 from infini.report.sweep_plots import _panels, sweep_curves
 from infini.report.sweep_tables import problems_list, rates_table, sweep_tables
 
@@ -115,8 +116,9 @@ def test_a_row_of_which_nothing_finished_stays_too(tmp_path):
     note_job(tmp_path / "c", ["model=c", "seed=0"])
     passkey(tmp_path / "a" / "passkey", (4096, 0.0, 4, 4, 1.0))
     text = sweep_tables(gather(tmp_path))
-    training, asked = [cells for cells in lines(text) if cells[0] == "b"]
+    training, overview, asked = [cells for cells in lines(text) if cells[0] == "b"]
     assert training[1:6] == ["0 of 1", "-", "-", "-", "-"] and asked == ["b", "-", "0 of 1", *["-"] * 7]
+    assert overview == ["b", "0 of 1", *["-"] * 4]
     assert "- b, seed 0: out of memory\n- c, seed 0: not finished\n" in text and "Learning rates" not in text
 
 
@@ -187,6 +189,39 @@ def test_capacity_is_pooled_over_seeds(tmp_path):
         write_record(record, tmp_path / str(seed) / "capacity" / "record.json")
     # 12 of 16.
     assert line(sweep_tables(gather(tmp_path)), "1,024") == ["1,024", "4", "2 of 2", "16", "75.0 %", "50.5 % to 89.8 %", "37.5 %"]
+
+
+def test_the_overview_tells_every_row_with_all_that_is_known_of_it(sweep):
+    for name, right in (("rmt1e-30", 4), ("rmt1e-31", 2), ("full2e-30", 1), ("full2e-31", 0)):
+        passkey(sweep / name / "validation", (1024, 0.5, 4, right, right / 4))
+    note_job(sweep / "gone", ("model=gone", "seed=0", "train.learning_rate=1e-3"), "out of memory")
+    text = overview_table(gather(sweep, pick="validation/exact_match"), "passkey")
+    head, _, *rows = lines(text)
+    assert head[1:5] == ["seeds", "learning rate", "`validation/exact_match` at 1e-3", "`validation/exact_match` at 2e-3"]
+    assert [row[0] for row in rows] == ["rmt", "full", "gone"]
+    # Exact match at 4,096: seed 0 has 7 of 8, seed 1 has 3 of 8; digits 0.95 and 0.45. At 8,192 only seed 0 was asked.
+    assert rows[0][1:5] == ["2 of 2", "1e-3", "**75.0 %**", "not measured"]  # one rate's only finished seed has no record to pick by
+    assert rows[0][5:] == [
+        "62.5 % (37.5 to 87.5)", "70.0 % (45.0 to 95.0)", "25.0 %, 1 of 2 seeds", "50.0 %, 1 of 2 seeds", "24,576", "1,048,576",
+    ]  # fmt: skip
+    assert rows[1][1:] == ["0 of 2", "2e-3", "not measured", "**12.5 %**", "-", "-", "-", "-", "24,576", "1,048,576"]
+    assert rows[2][1:5] == ["0 of 1", "1e-3", "failed", "-"]
+
+
+def test_the_overview_says_of_how_many_seeds_a_rate_is_picked(sweep):
+    passkey(sweep / "rmt1e-30" / "validation", (1024, 0.5, 4, 3, 0.75))
+    passkey(sweep / "rmt2e-30" / "validation", (1024, 0.5, 4, 4, 1.0))
+    text = overview_table(gather(sweep, pick="validation/digit_accuracy"), "passkey")
+    assert line(text, "rmt")[3:5] == ["**75.0 % (1 of 2)**", "100.0 % (1 of 2)"]
+    assert line(overview_table(gather(sweep), "passkey"), "full")[3:5] == ["5 (1 of 2)", "**3.25**"]  # a loss is no share
+
+
+def test_of_equal_rates_the_middle_one_is_picked(tmp_path):
+    for rate, loss in (("5e-4", 1.0), ("1e-3", 1.0), ("2e-3", 1.0), ("4e-3", 0.5)):
+        train(tmp_path / rate, "model=a", f"train.learning_rate={rate}", loss=loss)
+    assert gather(tmp_path).best()[0].rate == "4e-3"
+    train(tmp_path / "4e-3", "model=a", "train.learning_rate=4e-3", loss=2.0)
+    assert gather(tmp_path).best()[0].rate == "1e-3"
 
 
 def test_report_writes_the_same_bytes_again_and_remembers_how(sweep, capsys):
