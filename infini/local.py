@@ -128,10 +128,13 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 
 def _in_reach(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend: str) -> Tensor:
-    """Attention whose reach differs from token to token: by the kernel made for it, or in bands. One token alone needs no kernel."""
+    """Attention whose reach differs from token to token: by the kernel made for it, or in bands; one token alone under one mask."""
+    if plan.tokens == 1:
+        attention = _softmax_attention if backend == "eager" else F.scaled_dot_product_attention
+        return attention(*_heads_first(q, k, v), plan.seen_by_one).transpose(1, 2)
     # A bool also where a compiler makes symbols of the numbers.
     too_wide = True if q.shape[-1] > LARGEST_LOCAL_HEAD else False
-    if plan.tokens > 1 and _has_kernel(backend, q.device, q.dtype, too_wide):
+    if _has_kernel(backend, q.device, q.dtype, too_wide):
         from infini.kernels.local import attend_in_reach
 
         return attend_in_reach(q, k.to(q.dtype), v.to(q.dtype), plan.earliest, plan.span)[0]
@@ -169,8 +172,7 @@ def _why_bands(backend: str, device: torch.device, dtype: torch.dtype, too_wide:
 def banded(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, backend: str) -> Tensor:
     """Attention whose reach differs from token to token, at a cost linear in the tokens.
 
-    Bands of queries meet the keys from `span` before the band's first token to its last, under a mask from the plan. One token
-    alone, the decoding step, is a band of one.
+    Bands of queries meet the keys from `span` before the band's first token to its last, under a mask from the plan.
 
     Args:
         q, k, v, plan: as of `local_attention`.

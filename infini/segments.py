@@ -15,6 +15,8 @@ its slots from the left, so causality alone hides the empty ones. The kernels of
 `reads` and `writes` tell them where each segment begins and ends there.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,6 +69,12 @@ class SegmentPlan:
             self._plan_uniform(int(open_length[0]), int(tokens_seen[0]), empty)
         else:
             self._plan_ragged(open_length, tokens_seen, empty, lengths, reset)
+
+    @functools.cached_property
+    def seen_by_one(self) -> Tensor:
+        """What a single new token sees of the line, bool `[batch or 1, 1, 1, history + 1]`; the same in every layer."""
+        places = torch.arange(self.history + 1, device=self.device)
+        return (places >= self.earliest)[:, None, None]
 
     def _plan_uniform(self, opened: int, seen: int, empty: Tensor) -> None:
         n, total = self.segment_length, opened + self.tokens

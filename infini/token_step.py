@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from infini.errors import InputError
+from infini.kernels.choice import choose_memory_backend
 from infini.layers.rotary import rotary_table
 from infini.local import choose_backend
 from infini.model import InfiniTransformer
@@ -112,6 +113,8 @@ class TokenStep:
         dtype = model.embedding.weight.dtype
         self._logits = torch.zeros(rows, model.config.vocab_size, dtype=dtype, device=self.device)
         self._backend = choose_backend(model.attention_backend, self.device.type, dtype)
+        kind = {name: getattr(model.config, name) for name in ("update_rule", "feature_map", "head_dim")}
+        self._memory_backend = choose_memory_backend(model.memory_backend, self.device, dtype, traced=False, **kind)
         self._graph, self._places = None, _places(model)
         self.load(state)
         if capture:
@@ -196,7 +199,7 @@ class TokenStep:
         x = model.embedding(self._tokens.unsqueeze(1))
         rotary = rotary_table(plan.positions, config.head_dim, config.rope_theta, torch.promote_types(torch.float32, x.dtype))
         for block, own in zip(model.blocks, self._layers, strict=True):
-            x, new = block(x, own, plan, rotary, self._backend, True, None, None, "torch")
+            x, new = block(x, own, plan, rotary, self._backend, True, None, None, self._memory_backend)
             _copy(own, new)
         logits = model.head(model.norm(x))[:, 0]
         self._logits.copy_(torch.where(self._active.unsqueeze(1), logits, self._logits))
@@ -239,6 +242,7 @@ class _OneToken(SegmentPlan):
         self.history, self.device, self.batch = config.span - 1, open_length.device, len(open_length)
         self.uniform, self.any_written, self.written, self.fresh = False, False, None, None
         self.in_document = None
+        self.reads, self.padded = torch.arange(2, dtype=torch.int32, device=self.device).repeat(self.batch, 1, 1), False
         # Whether there is a memory is asked on the device, row by row.
         self.any_memory, self.has_memory = True, has_memory.unsqueeze(1)
         place = tokens_seen if self.sliding else open_length

@@ -86,6 +86,27 @@ def test_errs_no_more_than_the_ordinary_call(dtype):
     assert_witnessed("logits", torch.stack(found, 1), torch.stack(plain, 1), expected[:, 8:])
 
 
+@pytest.mark.parametrize("variant", ["paper-linear", "paper-delta", "long", "literal-empty", "deltanet-sliding"])
+@torch.no_grad()
+def test_kernels_read_for_rows_that_pause_and_go_on(variant, kernel_device):
+    """The memory's kernels in fp32, rows that have read nothing among them, beside plain fp32 and fp64."""
+    exact, lengths = build(variant), torch.tensor([0, 4, 5, 11])
+    ids, padding = torch.randint(31, (4, 11)), torch.arange(11) >= lengths[:, None]
+    plain, fast = build(variant).to(kernel_device, torch.float32), build(variant).to(kernel_device, torch.float32)
+    plain.memory_backend, fast.memory_backend = "torch", "triton"
+    steps = []
+    for model in (exact, plain, fast):
+        device = model.embedding.weight.device
+        logits, state = model(ids.to(device), padding=padding.to(device), keep="last")
+        steps.append(TokenStep(model, state, capture=False))
+        steps[-1].load(state, logits[:, 0])
+    assert [step._memory_backend for step in steps[1:]] == ["torch", "triton"]
+    for i in range(9):
+        active, tokens = torch.rand(4) < 0.7, torch.randint(31, (4,))
+        oracle, expected, found = (step.step(tokens, active) for step in steps)
+        assert_witnessed(f"step {i}", found.cpu(), expected.cpu(), oracle)
+
+
 @torch.no_grad()
 def test_the_step_between_writes_knows_no_numbers_on_the_host():
     """What a graph needs: the same operations on the same storages, whatever the rows have read."""
