@@ -121,7 +121,7 @@ def _curve(settings: BenchSettings, device: torch.device) -> Trials:
 
 
 def _shipped(settings: BenchSettings, device: torch.device) -> Trials:
-    return shipped.trials(device, load(device=device), (20, 4096))
+    return shipped.trials(device, load(device=device), (20, 4096), True in settings.compiled)
 
 
 PARTS: dict[str, Callable[[BenchSettings, torch.device], Trials]] = {
