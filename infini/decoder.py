@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from infini import checkpoint
-from infini.compiled import compile_parts
+from infini.compiled import Part, compile_parts
 from infini.config import ModelConfig
 from infini.device import require_device
 from infini.errors import InputError
-from infini.layers.cross_entropy import HELD_LOGITS, token_losses
+from infini.layers.cross_entropy import HELD_LOGITS, losses_of, token_losses
 from infini.layers.norm import RMSNorm
 from infini.local import BACKENDS
 from infini.state import StreamState, differences
@@ -56,6 +56,7 @@ class Decoder(nn.Module, ABC):
         self.blocks = nn.ModuleList(make_block(layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.losses = Part(losses_of, (), (0,), (0,))
         self._recompute = False
         self._initialize()
         if config.tie_word_embeddings:
@@ -141,7 +142,7 @@ class Decoder(nn.Module, ABC):
                 x = x.gather(1, place.unsqueeze(-1).expand(-1, -1, x.shape[-1])) * ~padding.unsqueeze(-1)
         if targets is not None:
             at_once = max(1, HELD_LOGITS // self.config.vocab_size) if self.loss_tokens is None else self.loss_tokens
-            losses = token_losses(x, targets.long(), self.head, at_once)
+            losses = token_losses(x, targets.long(), self.head, at_once, self.losses)
             return (losses if padding is None else losses.masked_fill(padding, 0)), state
         return (x if hidden else self.head(x)), state
 
@@ -183,17 +184,18 @@ class Decoder(nn.Module, ABC):
         self._recompute = on
 
     def enable_compile(self) -> None:
-        """Compile every `infini.compiled.Part` of the blocks, for any number of rows, tokens and segments, with `torch.compile`.
+        """Compile every `infini.compiled.Part` of the blocks, and the losses, for any number of rows, tokens and segments, with `torch.compile`.
 
         They are what comes before and after attention: short convolution, projections, rotary positions, and from the sum behind
-        attention to the block's end. There is what a compiler can fuse. Local attention and memory stay as they are: fast ones
-        are kernels that it could not look into, and they depend on plan and state, of which each kind would be a graph of its own.
+        attention to the block's end; and what is done to logits. There is what a compiler can fuse. Local attention and memory stay
+        as they are: fast ones are kernels that it could not look into, and they depend on plan and state, of which each kind would be
+        a graph of its own.
         Blocks that are alike share their graphs.
         """
         # With gradient or without, one row or more, documents that begin inside or none, layers of several kinds: beyond torch's
         # limit of 8 graphs a part would run uncompiled, with no word but a warning.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        compile_parts(self.blocks)
+        compile_parts(self)
 
     def parameter_groups(self) -> dict[str, list[str]]:
         """Parameter names by how they are trained: `decay` (matrices), `no_decay` (norms), `memory` (a rate of their own)."""

@@ -84,6 +84,11 @@ class DocumentStream:
                 f"{len(kept)} of {len(text)} documents have {self.shortest} tokens or more, {sizes.sum()} tokens in all, "
                 f"for {lanes} lanes (rows * streams * world_size) of at least 2; give more text or lower shortest"
             )
+        if sizes.max() <= self.segment_length:
+            raise InputError(
+                f"the longest document has {sizes.max()} tokens and a segment {self.segment_length}: nothing would ever be carried over a border; "
+                "give longer documents or a smaller model.segment_length"
+            )
         object.__setattr__(self, "_text", text)
         object.__setattr__(self, "_kept", kept)
         object.__setattr__(self, "_tokenizer_sha256", tokenizer.fingerprint)

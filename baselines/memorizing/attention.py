@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from baselines.cache import CachePlan, cached_attention
 from baselines.memorizing.config import MemorizingConfig
-from baselines.memorizing.memory import extend, kept, retrieve
+from baselines.memorizing.memory import extend, kept, retrieve, weighed
 from baselines.memorizing.state import MemorizingLayer
 from baselines.transformer_xl.attention import CachedAttention, line_of
 from baselines.transformer_xl.attention import project as project_heads
@@ -26,6 +26,7 @@ class MemorizingAttention(CachedAttention):
     def __init__(self, config: MemorizingConfig):
         super().__init__(config, relative=False)
         self.project = Part(project, (), *[(0, 1)] * 4)
+        self.weigh = Part(weighed, *[(0, 1)] * 3, *[(0, 2)] * 2)
         self.beta = nn.Parameter(torch.zeros(config.num_attention_heads))
         self.log_scale = nn.Parameter(torch.full((config.num_attention_heads,), math.log(config.head_dim) / 2))
 
@@ -68,9 +69,11 @@ class MemorizingAttention(CachedAttention):
             if trace is not None:
                 trace.append(self._statistics(None, None))
             return local
-        looks = {"plan": plan, "memory_size": self.config.memory_size, "top_k": self.config.top_k}
+        looks = {"plan": plan, "memory_size": self.config.memory_size, "top_k": self.config.top_k, "weigh": self.weigh}
         grid = q.unsqueeze(1) if plan.alone else plan.line_to_grid(q)
-        found = [retrieve(part, memory, segment=s, **looks) for s, part in enumerate(grid.unbind(1))]
+        # Copies: where a view begins in its tensor is part of what a compiled graph holds for.
+        queries = (part.clone(memory_format=torch.contiguous_format) for part in grid.unbind(1))
+        found = [retrieve(part, memory, segment=s, **looks) for s, part in enumerate(queries)]
         found = torch.stack(found, dim=1)
         found = found.squeeze(1) if plan.alone else plan.grid_to_line(found)
         g, local = torch.sigmoid(self.beta.to(q.dtype))[:, None], local.to(q.dtype)

@@ -4,6 +4,8 @@ Entries are known by document and position, so that resets and eviction are comp
 may retrieve the `memory_size` tokens of its document that stand before its first one.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from baselines.cache import CachePlan
 
 # Scores that are held at a time while the memory is searched.
-SCORES = 2**26
+SCORES = 2**27
 
 
 class MemoryLine(NamedTuple):
@@ -61,7 +63,9 @@ def kept(line: MemoryLine, plan: CachePlan, memory_size: int) -> tuple[Tensor, T
     return line.keys.gather(1, index), line.values.gather(1, index)
 
 
-def retrieve(q: Tensor, line: MemoryLine, plan: CachePlan, segment: int, memory_size: int, top_k: int) -> Tensor:
+def retrieve(
+    q: Tensor, line: MemoryLine, plan: CachePlan, segment: int, memory_size: int, top_k: int, weigh: Callable[..., Tensor] | None = None
+) -> Tensor:
     """V_m: softmax attention over the `top_k` entries with the largest scores, exactly.
 
     Args:
@@ -70,6 +74,7 @@ def retrieve(q: Tensor, line: MemoryLine, plan: CachePlan, segment: int, memory_
         plan: the places of the tokens.
         segment: which segment the queries are of.
         memory_size, top_k: as in `MemorizingConfig`.
+        weigh: in place of `weighed`, which it is in another form; None: `weighed`.
 
     Returns:
         `[batch, queries, heads, d]`; zeros where nothing can be retrieved. The memory receives no gradient.
@@ -83,15 +88,31 @@ def retrieve(q: Tensor, line: MemoryLine, plan: CachePlan, segment: int, memory_
     first, stop = int(some[0]), int(some[-1]) + 1
     allowed = allowed[:, first:stop]
     allowed = None if bool(allowed.all()) else allowed.to(q.device)
-    keys, values = line.keys[:, first:stop], line.values[:, first:stop]
-    chosen = search(q.detach(), keys, allowed, top_k)
-    scores = (q.transpose(1, 2).unsqueeze(-2) * _take(keys, chosen).to(q.dtype)).sum(dim=-1)
-    weight = None
+    chosen = search(q.detach(), line.keys[:, first:stop], allowed, top_k)
+    hidden = None
     if allowed is not None:
         hidden = ~allowed.expand(len(q), -1)[:, None, None].expand(*chosen.shape[:3], -1).gather(-1, chosen)
+    return (weigh or weighed)(q, line.keys, line.values, chosen + first, hidden)
+
+
+def weighed(q: Tensor, keys: Tensor, values: Tensor, chosen: Tensor, hidden: Tensor | None) -> Tensor:
+    """Softmax attention of queries `[batch, queries, heads, d]` over some entries of a memory, of each head its own.
+
+    Args:
+        q: with their scale; scores are computed in their dtype.
+        keys, values: `[batch, entries, heads, d]`, without gradient.
+        chosen: indices of entries `[batch, heads, queries, k]`.
+        hidden: bool, alike, those that count for nothing; None: none.
+
+    Returns:
+        Like `q`; zeros for a query all of whose entries are hidden.
+    """
+    scores = (q.transpose(1, 2).unsqueeze(-2) * _take(keys, chosen).to(q.dtype)).sum(dim=-1)
+    if hidden is None:
+        weight = scores.softmax(dim=-1)
+    else:
         # A row without a memory gets weights of zero, not those of a softmax over nothing.
         weight = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1).masked_fill(hidden, 0)
-    weight = scores.softmax(dim=-1) if weight is None else weight
     return (weight.unsqueeze(-1) * _take(values, chosen).to(q.dtype)).sum(dim=-2).transpose(1, 2)
 
 
@@ -121,7 +142,7 @@ def search(q: Tensor, keys: Tensor, allowed: Tensor | None, top_k: int, scores_h
         scores = q @ keys[:, part].permute(0, 2, 3, 1).to(q.dtype)
         if allowed is not None:
             scores = scores.masked_fill(~allowed[:, None, None, part], float("-inf"))
-        found, index = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
+        found, index = largest(scores, min(top_k, scores.shape[-1]))
         index = index + start
         if best is not None:
             found, index = torch.cat([best, found], dim=-1), torch.cat([chosen, index], dim=-1)
@@ -129,6 +150,32 @@ def search(q: Tensor, keys: Tensor, allowed: Tensor | None, top_k: int, scores_h
             index = index.gather(-1, order)
         best, chosen = found, index
     return chosen
+
+
+def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What `scores.topk(count)` gives, in any order among equals.
+
+    Of groups of scores the `count` with the largest maxima hold the `count` largest scores, so only those are sorted out: `topk` over
+    everything goes through all scores many times.
+
+    Example:
+        >>> scores = torch.arange(1000.0).roll(300)
+        >>> largest(scores, 3)[0].sort().values.tolist(), largest(scores, 3)[1].sort().values.tolist()
+        ([997.0, 998.0, 999.0], [297, 298, 299])
+    """
+    # As many groups as there will be candidates.
+    size = math.isqrt(scores.shape[-1] // count)
+    groups = scores.shape[-1] // max(1, size)
+    if size < 2 or groups <= count:
+        return scores.topk(count, dim=-1)
+    # A group is every groups-th score, so that neighbors are read together; what is left over are candidates too.
+    grouped = scores[..., : size * groups].unflatten(-1, (size, groups))
+    chosen = grouped.amax(dim=-2).topk(count, dim=-1).indices.unsqueeze(-2).expand(*scores.shape[:-1], size, -1)
+    places = (chosen + groups * torch.arange(size, device=scores.device).unsqueeze(-1)).flatten(-2)
+    rest = torch.arange(size * groups, scores.shape[-1], device=scores.device).expand(*scores.shape[:-1], -1)
+    places = torch.cat([places, rest], dim=-1)
+    found, index = scores.gather(-1, places).topk(count, dim=-1)
+    return found, places.gather(-1, index)
 
 
 def _take(entries: Tensor, chosen: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ class CachedAttention(Heads):
         dim = self.config.head_dim
         r = self.r_proj(positions[-keys:]).unflatten(-1, (-1, dim)).transpose(0, 1)  # distances keys - 1 to 0
         term = (q + v[:, None]) @ r.transpose(-1, -2).to(q.dtype)
-        return q + u[:, None], shift(term) / math.sqrt(dim)
+        # Under autocast u is fp32, and so the sum would be, and with it the mask of all scores.
+        return (q + u[:, None]).to(q.dtype), shift(term) / math.sqrt(dim)
 
 
 def line_of(state: CacheLayer | None, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from infini.evaluate.stream_scores import read, score
 from infini.loading import load
 from infini.session import StreamingSession
 
-_GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+_NUMBERS = {"max_gen_toks": int, "temperature": float, "top_k": int, "top_p": float}
+_GENERATION = {"until", "do_sample", *_NUMBERS}
 
 
 @register_model("infini")
@@ -146,10 +147,13 @@ class InfiniLM(TemplateLM):
     def _continue(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
         if unknown := sorted(set(options) - _GENERATION):
             raise InputError(f"generation_kwargs has {unknown}; this model knows {sorted(_GENERATION)}")
+        numbers = {name: _number(name, options[name], kind) for name, kind in _NUMBERS.items() if options.get(name) is not None}
+        if not isinstance(options.get("do_sample", False), bool):
+            raise InputError(f"generation_kwargs has do_sample={options['do_sample']!r}; give true or false")
         until = options.get("until") or []
         stops = [text for text in ([until] if isinstance(until, str) else until) if text]
-        sampled = options.get("do_sample", bool(options.get("temperature")))
-        temperature = float(options.get("temperature") or 1.0) if sampled else 0.0
+        sampled = options.get("do_sample", bool(numbers.get("temperature")))
+        temperature = (numbers.get("temperature") or 1.0) if sampled else 0.0
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         padding = torch.ones_like(ids, dtype=torch.bool)
@@ -159,14 +163,21 @@ class InfiniLM(TemplateLM):
         session = StreamingSession(self.model, len(prompts), piece=self.piece)
         session.feed(ids, padding if bool(padding.any()) else None)
         written: list[list[int]] = [[] for _ in prompts]
-        choice = {"temperature": temperature, "top_k": options.get("top_k"), "top_p": options.get("top_p")}
-        for tokens in session.generate(int(options.get("max_gen_toks", self.max_gen_toks)), **choice):
+        choice = {"temperature": temperature, "top_k": numbers.get("top_k"), "top_p": numbers.get("top_p")}
+        for tokens in session.generate(numbers.get("max_gen_toks", self.max_gen_toks), **choice):
             for row, token in zip(written, tokens.tolist(), strict=True):
                 row.append(token)
             texts = list(map(self.tokenizer.decode, written))
             if stops and all(any(stop in text for stop in stops) for text in texts):
                 break
         return [_cut(self.tokenizer.decode(row), stops) for row in written]
+
+
+def _number(name: str, value: Any, kind: type) -> int | float:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise InputError(f"generation_kwargs has {name}={value!r}; give a number") from None
 
 
 def _in_groups(items: Sequence, size: int) -> Iterator[Sequence]:

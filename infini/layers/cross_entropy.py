@@ -13,7 +13,15 @@ from infini.errors import InputError
 HELD_LOGITS = 2**26
 
 
-def token_losses(states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], at_once: int) -> Tensor:
+def losses_of(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(head(state))[target] of tokens `[n]`, in fp32, or fp64 where the logits are."""
+    logits = head(states)
+    return F.cross_entropy(logits.to(torch.promote_types(torch.float32, logits.dtype)), targets, reduction="none")
+
+
+def token_losses(
+    states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], at_once: int, losses: Callable[..., Tensor] = losses_of
+) -> Tensor:
     """-log softmax(head(state))[target] of every token, in nats.
 
     The head is applied to `at_once` tokens at a time, and to them again in the backward pass: for one more product of the head
@@ -24,6 +32,7 @@ def token_losses(states: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
         targets: int64 `[batch, tokens]`, the token that is to follow each.
         head: gives logits `[n, vocabulary]` for states `[n, hidden]`.
         at_once: tokens, of all rows together, at least 1.
+        losses: `losses_of`, or the same in another form.
 
     Returns:
         `[batch, tokens]` in fp32, or fp64 where the logits are.
@@ -40,14 +49,9 @@ def token_losses(states: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
 
     if at_once < 1:
         raise InputError(f"logits of {at_once} tokens at a time (loss_tokens) cannot give a loss; at least 1, or None")
-
-    def losses(states: Tensor, targets: Tensor) -> Tensor:
-        logits = head(states)
-        return F.cross_entropy(logits.to(torch.promote_types(torch.float32, logits.dtype)), targets, reduction="none")
-
     flat, wanted = states.flatten(0, 1), targets.flatten()
     if len(flat) <= at_once:
-        return losses(flat, wanted).view_as(targets)
+        return losses(head, flat, wanted).view_as(targets)
     pieces = zip(flat.split(at_once), wanted.split(at_once), strict=True)
-    found = [recompute(losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    found = [recompute(losses, head, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     return torch.cat(found).view_as(targets)

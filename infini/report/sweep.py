@@ -87,8 +87,9 @@ class Sweep:
         return rows
 
     def best(self) -> list[Setting]:
-        """For each row the rate at which most seeds finished, among those the one with the best mean of `pick` over its seeds."""
-        return [max(row, key=self._rank) for row in self.rates().values()]
+        """For each row the rate at which most seeds finished, among those the one with the best mean of `pick` over its seeds, of equals the
+        one nearest to the middle of the row's rates."""
+        return [self._best(row) for row in self.rates().values()]
 
     def picked_by(self, setting: Setting) -> float | None:
         """The mean over seeds of what the rate is picked by; None where no seed has it."""
@@ -99,6 +100,10 @@ class Sweep:
         """Names of the evaluations, without the one that picks the rate: it is no test any more."""
         names = {name for setting in self.settings for run in setting.runs for name in run.evaluations}
         return sorted(names - {self.pick.rpartition("/")[0]})
+
+    def _best(self, row: Sequence[Setting]) -> Setting:
+        middle = (len(row) - 1) / 2
+        return max(enumerate(row), key=lambda placed: (*self._rank(placed[1]), -abs(placed[0] - middle)))[1]
 
     def _rank(self, setting: Setting) -> tuple[int, float]:
         value = self.picked_by(setting)

@@ -59,9 +59,10 @@ def sweep_curves(sweep: Sweep, against: str | None = None) -> bytes | None:
         axes.remove()
     for axes, panel in zip(places, panels, strict=False):
         for name, points in panel.lines.items():
-            color = f"C{names.index(name) % 10}"
+            turn, hue = divmod(names.index(name), 10)
+            color = f"C{hue}"
             x, value, *interval = zip(*points, strict=True)
-            axes.plot(x, value, "-o", color=color, markersize=3, linewidth=1.3, label=name)
+            axes.plot(x, value, ("-o", "--s", ":^")[turn % 3], color=color, markersize=3, linewidth=1.3, label=name)
             if interval:
                 axes.fill_between(x, *interval, color=color, alpha=0.12, linewidth=0)
         axes.set_xscale("log", base=2)

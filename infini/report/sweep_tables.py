@@ -8,10 +8,12 @@ from typing import Any
 
 from infini.errors import InputError
 from infini.report.booksum_sweep import books_table
+from infini.report.commands import together
 from infini.report.intervals import mean_interval, wilson_interval
 from infini.report.perplexity import summary
 from infini.report.pooled import capacity_cells, compare, measured, passkey_cells, speed_cells
 from infini.report.sweep import LARGER_IS_BETTER, SEEDS, Run, Setting, Sweep
+from infini.report.sweep_overview import overview_table
 from infini.report.tables import CARRIED, CARRIED_NOTE, SPEED_NOTE, caption, carried_cells, speed_cell
 
 NONE = "-"
@@ -35,7 +37,7 @@ def sweep_tables(sweep: Sweep, against: str | None = None) -> str:
         for kind, table in tables.items():
             if any(True for setting in sweep.best() for _ in measured(setting, evaluation, kind)):
                 more = {"against": against} if kind == "perplexity" else {}
-                parts += [f"## {evaluation}", table(sweep, evaluation, **more)]
+                parts += [f"## {evaluation}", *([overview_table(sweep, evaluation)] if kind == "passkey" else []), table(sweep, evaluation, **more)]
     return "\n\n".join(part for part in parts if part) + f"\n\n{provenance(sweep)}"
 
 
@@ -85,7 +87,8 @@ def rates_table(sweep: Sweep) -> str:
     better = "highest" if sweep.pick.rpartition("/")[2] in LARGER_IS_BETTER else "lowest"
     rule = (
         f"Picked for each row (bold): the rate at which most seeds finished, among those the one with the {better} mean `{sweep.pick}` "
-        "over its seeds, shown here with the number of seeds. No number of the tables below takes part."
+        "over its seeds, shown here with the number of seeds; of equals the one nearest to the middle of the grid. No number of the tables "
+        "below takes part."
     )
     return f"## Learning rates\n\n{_table([*sweep.keys, *rates, 'at the edge of the grid'], lines)}\n{rule}"
 
@@ -197,7 +200,7 @@ def speed_table(sweep: Sweep, evaluation: str) -> str:
 
 
 def provenance(sweep: Sweep) -> str:
-    """Where the numbers come from: what differs between records is listed, the rest said once."""
+    """Where the numbers come from: what differs between records is listed, the rest said once; see :func:`infini.report.commands.together`."""
     runs = [run for setting in sweep.settings for run in setting.runs]
     records = [record for run in runs for record in _records(run)]
     facts: dict[str, dict[str, None]] = {name: {} for name in ("command", "commit", "machine", "versions")}
@@ -206,7 +209,9 @@ def provenance(sweep: Sweep) -> str:
             name, _, fact = line.removeprefix("- ").partition(": ")
             if name in facts:
                 facts[name][fact] = None
-    lines = [f"- {name}: {fact}\n" for name, found in facts.items() for fact in sorted(found)]
+    told = {name: sorted(found) for name, found in facts.items()}
+    told["command"] = [f"`{command}`" for command in together(command.strip("`") for command in told["command"])]
+    lines = [f"- {name}: {fact}\n" for name, found in told.items() for fact in found]
     return f"- records: {len(records)}, of {len(runs)} runs\n" + "".join(lines)
 
 

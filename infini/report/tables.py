@@ -174,10 +174,10 @@ def perplexity_table(record: Mapping[str, Any]) -> str:
     return f"# Perplexity\n\n{_table(head, lines)}\n{by_place}{note}{caption(record)}"
 
 
-CARRIED = ("carried over a border, numbers", "carried, MiB", "state, MiB")
+CARRIED = ("carried over a border, numbers", "carried, MiB", "held while writing, peak MiB")
 CARRIED_NOTE = (
-    "Carried: what crosses a segment border in one text, the memory size of arXiv 2404.07143; state: all that is held for it, the open "
-    "segment too, also while it is written on. Both after the longest document."
+    "Carried: what crosses a segment border in one text, the memory size of arXiv 2404.07143; held while writing: all that is kept from token to "
+    "token, the open segment too, where it is most. Both at the end of the longest document."
 )
 
 
@@ -220,7 +220,7 @@ def bench_table(record: Mapping[str, Any]) -> str:
 
 def _bench_line(row: Mapping[str, Any]) -> list[str]:
     backend = row.get("backend", "-") + (", compiled" if row.get("compiled") else "")
-    names = [row["what"], row.get("rule", "-"), backend, row.get("kernel", "-"), row.get("direction", "-"), bench_shape(row)]
+    names = [bench_name(row).replace("|", "/"), row.get("rule", "-"), backend, row.get("kernel", "-"), row.get("direction", "-"), bench_shape(row)]
     if "failed" in row:
         return [*names, row["failed"].replace("|", "/"), *["-"] * 9]
 
@@ -240,6 +240,25 @@ def _bench_line(row: Mapping[str, Any]) -> list[str]:
         row.get("against", "-"),
         number("peak_memory_bytes", "{:.2f}", 2**30),
     ]
+
+
+def bench_name(row: Mapping[str, Any]) -> str:
+    """What a row of a benchmark timed, and all that is known of its numbers where they were not compared.
+
+    >>> bench_name({"what": "build of theirs.py", "verified": False, "causal": False, "leak": 0.25, "finite": True})
+    'build of theirs.py (not verified, not causal: earlier outputs change by 0.25 of the largest, finite)'
+    """
+    if row.get("verified", True):
+        return row["what"]
+    known = ["not verified"]
+    if "causal" in row:
+        change = f" by {row['leak']:.2g} of the largest" if "leak" in row else ""
+        known.append("causal" if row["causal"] else f"not causal: earlier outputs change{change}")
+    elif "finite" in row:
+        known.append("causality unknown: no two readings are alike")
+    if "finite" in row:
+        known.append("finite" if row["finite"] else "not finite")
+    return f"{row['what']} ({', '.join(known)})"
 
 
 def bench_shape(row: Mapping[str, Any]) -> str:

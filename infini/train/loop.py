@@ -182,7 +182,8 @@ def _run_steps(
         desc=output.name,  # of a sweep's job: what tells it from the others
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
-    window = Window(settings.token_weight)
+    weights = settings.token_weight, settings.answer_weight
+    window = Window(*weights)
 
     with StopRequest() as stop, CompileWatch(settings.compile) as compiler, bar:
         while progress.step < settings.steps and not held_out.over(progress):
@@ -190,7 +191,7 @@ def _run_steps(
             rate = learning_rate_at(progress.step, settings)
             set_learning_rate(optimizer, rate)
             result = take_step(
-                called, optimizer, batches, settings.clip, device, schedule, settings.token_weight, streams
+                called, optimizer, batches, settings.clip, device, schedule, settings.token_weight, streams, settings.answer_weight
             )
             progress.step += 1
             compiler.tell(progress.step)
@@ -216,7 +217,7 @@ def _run_steps(
                 row["peak_memory_bytes"] = _peak_memory_bytes(device)
                 log.write(row)
                 bar.set_postfix_str(_in_short(row), refresh=False)
-                window = Window(settings.token_weight)
+                window = Window(*weights)
             if probes:
                 if batches[-1].segments > 1:  # a single segment asks nothing of the memory
                     gates.check()
@@ -227,7 +228,7 @@ def _run_steps(
                 log.write({"step": progress.step, **probe})
             if validates:
                 log.write(held_out.measure(model, device, progress))
-                window = Window(settings.token_weight)  # its clock counts training alone
+                window = Window(*weights)  # its clock counts training alone
                 saves = saves or progress.best_step == progress.step or held_out.over(progress)
             if saves:
                 saved = save_checkpoint(output / "checkpoints", model, optimizer, progress, streams)

@@ -28,8 +28,8 @@ class LossSums(NamedTuple):
 def loss_of(model: Callable, batch: Batch, state: Any = None) -> LossSums:
     """Run ``model`` on a batch and sum the cross-entropy over all tokens and over answer tokens.
 
-    Training minimizes ``w * sum_all / n_all + sum_answers / n_answers``, ``w`` 1 by default. Answers are a few digits in
-    thousands of bytes; in the plain mean their gradient would drown, and retrieval is not learned.
+    Training minimizes ``w * sum_all / n_all + a * sum_answers / n_answers``, ``w`` and ``a`` 1 by default. Answers are a few
+    digits in thousands of bytes; in the plain mean, ``a = 0``, their gradient is as small a part of the whole.
     Sums, not means, are returned, so that accumulated batches can be weighted as one.
 
     Args:

@@ -29,8 +29,8 @@ class TrainSettings:
         warmup_steps: steps of linear warm-up; the cosine spans the rest.
         min_learning_rate_ratio: the cosine ends at this share of the peak.
         clip: largest norm of the whole gradient.
-        token_weight: of the mean loss over all tokens, beside 1 for the mean over answers. Natural text has far more
-            loss than answers do, and drowns them at weight 1.
+        token_weight: of the mean loss over all tokens. Natural text has far more loss than answers do, and drowns them at weight 1.
+        answer_weight: of the mean loss over answers, beside it; 0: a plain language model, to which an answer is a token like others.
         accumulation: batches per optimizer step, weighted as if they were one.
         precision: "bf16" (autocast around the model; parameters and state stay fp32) or "fp32".
         recompute: recompute the activations of each block in the backward pass.
@@ -81,6 +81,7 @@ class TrainSettings:
     min_learning_rate_ratio: float = 0.1
     clip: float = 1.0
     token_weight: float = 1.0
+    answer_weight: float = 1.0
     accumulation: int = 1
     precision: str = "bf16"
     recompute: bool = False
@@ -110,10 +111,12 @@ class TrainSettings:
         for name in ("learning_rate", "memory_learning_rate_scale"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "greater than 0, and finite")
         _require(self.clip > 0, "clip", self.clip, "greater than 0")  # infinity clips nothing
-        for name in ("token_weight", "weight_decay"):
+        for name in ("token_weight", "answer_weight", "weight_decay"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more, and finite")
         for name in ("warmup_steps", "workers", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        if self.token_weight == self.answer_weight == 0:
+            raise InputError("token_weight and answer_weight are both 0: nothing would be learned; raise one")
         ratio = self.min_learning_rate_ratio
         _require(0 <= ratio <= 1, "min_learning_rate_ratio", ratio, "between 0 and 1")
         two_decays = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)

@@ -77,6 +77,7 @@ def take_step(
     schedule: Schedule = Parallel(),
     token_weight: float = 1.0,
     streams: Streams | None = None,
+    answer_weight: float = 1.0,
 ) -> StepResult:
     """Learn from several batches as if they were one large batch.
 
@@ -91,8 +92,9 @@ def take_step(
         clip: largest norm of the whole gradient.
         device: where the model is.
         schedule: how gradients are computed; every schedule but a truncated one gives the same.
-        token_weight: of the mean over all tokens, beside 1 for the mean over answers.
+        token_weight: of the mean over all tokens.
         streams: where batches of a stream begin; moved on. None: all begin anew.
+        answer_weight: of the mean over answers.
 
     Returns:
         The summed losses, the norm before clipping, and the numbers of tokens and answer tokens.
@@ -102,7 +104,7 @@ def take_step(
     answers = sum(int(batch.answer[:, 1:].sum()) for batch in batches)
 
     def weigh(sums: LossSums) -> torch.Tensor:
-        return token_weight * sums.tokens / tokens + sums.answers / max(1, answers)
+        return token_weight * sums.tokens / tokens + answer_weight * sums.answers / max(1, answers)
 
     streams = Streams() if streams is None else streams
     optimizer.zero_grad()

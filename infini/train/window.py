@@ -27,8 +27,8 @@ class Window:
         {'loss': 4.0, 'token_loss': 2.0, 'answer_loss': 2.0, 'gradient_norm': 0.5}
     """
 
-    def __init__(self, token_weight: float = 1.0):
-        self._token_weight = token_weight
+    def __init__(self, token_weight: float = 1.0, answer_weight: float = 1.0):
+        self._token_weight, self._answer_weight = token_weight, answer_weight
         self.tokens = 0
         self.seconds = 0.0
         self._began = time.perf_counter()
@@ -64,7 +64,7 @@ class Window:
         token_loss = tokens / self.tokens
         answer_loss = answers / self._answers if self._answers else None
         return {
-            "loss": self._token_weight * token_loss + (answer_loss or 0.0),
+            "loss": self._token_weight * token_loss + self._answer_weight * (answer_loss or 0.0),
             "token_loss": token_loss,
             "answer_loss": answer_loss,
             "gradient_norm": norms / len(measured),

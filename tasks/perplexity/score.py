@@ -6,18 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from infini.errors import InputError
-from infini.protocol import SegmentModel
-
-LOGITS = 2**25  # numbers of one block of logits: 128 MiB in fp32
+from infini.protocol import TrainableModel
 
 
 @torch.inference_mode()
 def score_documents(
-    model: SegmentModel,
+    model: TrainableModel,
     documents: Sequence[np.ndarray],
     piece: int = 4096,
     memory: bool = True,
@@ -32,7 +28,7 @@ def score_documents(
     Args:
         model: in evaluation mode.
         documents: token ids ``[n]`` each, integers, ``n`` at least 2; in any order.
-        piece: most tokens of a row at once; fewer where logits would take too much memory.
+        piece: most tokens of a row at once. The model gives losses and not logits, so that a large vocabulary makes no piece shorter.
         memory: False silences the model's memory (the ``memory=False`` of :class:`infini.protocol.TrainableModel`) from the first
             token to the last. The silenced model carries a state of its own, as if it had never had a memory.
         progress: called with the tokens scored, after each piece.
@@ -59,12 +55,12 @@ def score_documents(
     sums = torch.zeros(len(rows), len(documents[rows[0]]).bit_length(), dtype=torch.float64, device=device)
     state, start = None, 0
     while rows:
-        most = max(1, LOGITS // (model.config.vocab_size * len(rows)))
-        stop = min(start + min(piece, most), len(documents[rows[-1]]) - 1)
+        stop = min(start + piece, len(documents[rows[-1]]) - 1)
         window = np.stack([documents[i][start : stop + 1] for i in rows])
-        ids = torch.from_numpy(window.astype(np.int64)).to(device)
-        logits, state = model(ids[:, :-1], state, keep="all", **options)
-        losses = _losses(logits, ids[:, 1:])
+        ids = torch.from_numpy(window.astype(np.int64))
+        if device.type == "cuda":  # any other copy makes the host wait for all kernels before it
+            ids = ids.pin_memory().to(device, non_blocking=True)
+        losses, state = model(ids[:, :-1], state, targets=ids[:, 1:], **options)
         for bucket in range((start + 1).bit_length() - 1, stop.bit_length()):
             first, last = max(2**bucket, start + 1), min(2 ** (bucket + 1) - 1, stop)
             sums[: len(rows), bucket] += losses[:, first - start - 1 : last - start].sum(dim=1, dtype=torch.float64)
@@ -92,8 +88,3 @@ def tokens_of_buckets(tokens: int) -> list[int]:
     [1, 2, 4, 8, 4]
     """
     return [min(2 ** (b + 1), tokens) - 2**b for b in range((tokens - 1).bit_length())]
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

@@ -5,7 +5,7 @@ import torch
 
 from baselines.memorizing import reference
 from baselines.memorizing.config import MemorizingConfig
-from baselines.memorizing.memory import search
+from baselines.memorizing.memory import largest, search
 from baselines.memorizing.model import MemorizingTransformer
 from baselines.transformer_xl import reference as recurrence
 from infini.errors import InputError
@@ -111,6 +111,19 @@ def test_the_search_is_exact_in_pieces_of_any_size(held):
             for t in range(3):
                 wanted = {places[i] for i in reference.nearest(q[b, t, h], keys[b, places, h], 6)}
                 assert set(found[b, h, t].tolist()) == wanted
+
+
+@pytest.mark.parametrize("entries", [8, 31, 64, 257, 1000])
+def test_the_largest_scores_are_those_of_a_sort(entries):
+    """Among equals any may be taken, and what is hidden only where nothing else is left."""
+    scores = torch.randn(3, 40, entries).mul(2).round()
+    scores[0] = scores[0].masked_fill(torch.rand(40, entries) < 0.98, float("-inf"))
+    scores[1, :, -1] = 99.0
+    for count in (1, 2, 5, 8):
+        found, places = largest(scores, count)
+        assert torch.equal(found.sort(dim=-1, descending=True).values, scores.sort(dim=-1, descending=True).values[..., :count])
+        assert torch.equal(scores.gather(-1, places), found)
+        assert all(len(set(row)) == count for row in places.flatten(0, 1).tolist())
 
 
 def test_rows_of_different_memories_retrieve_their_own(build):

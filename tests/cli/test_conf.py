@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 from infini.cli import bench, bench_decode, generate, measure, passkey, peak, summarize, tokenizer, train
 from infini.cli.build import fill
@@ -65,11 +66,37 @@ def settled(row):
         ("short_conv", "sliding", {"short_conv"}),
         ("gamma_delta", "sliding", {"update_rule"}),
         ("deltanet", "sliding", {"update_rule", "qk_norm", "feature_map"}),
+        ("no_recall", "linear", {"recall_share_start", "recall_share_end"}),
+        ("plain_loss", "linear", {"token_weight", "answer_weight"}),
+        ("short_rows", "linear", {"max_segments"}),
+        ("frozen_gates", "linear", {"memory_learning_rate_scale"}),
+        ("paper_inputs", "no_recall", {"min_segments", "max_segments", "near_share", "border_share", "dense_question_share"}),
     ],
 )
 def test_a_row_of_the_ablation_changes_one_thing(row, before, changed):
     one, other = settled(before), settled(row)
     assert {name for part, name in one if one[part, name] != other[part, name]} == changed
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """The texts that a row of the ablation is trained on."""
+    return {row: train.read(compose("train", [f"experiment=ablation/{row}"]))[1] for row in ("linear", "no_recall", "short_rows", "paper_inputs")}
+
+
+def test_rows_of_the_ablation_that_take_from_the_training_take_it(sources):
+    asked = {name: [bytes(row).decode("latin-1") for step in (0, 4499) for row in source[step].tokens.numpy()] for name, source in sources.items()}
+    assert {name for name, rows in asked.items() if all("pass key" in row for row in rows)} == {"no_recall", "paper_inputs"}
+    assert [max(sources[name].top(step) for step in (0, 4499)) * 256 for name in ("linear", "short_rows", "paper_inputs")] == [24576, 2048, 5120]
+    assert {sources["paper_inputs"][step].segments for step in (0, 1000, 4499)} == {20}
+    questions = [row.count("What is the pass key?") for row in asked["paper_inputs"]]
+    assert set(questions) == {1} and max(row.count("What is the pass key?") for row in asked["no_recall"]) > 1
+
+
+def test_frozen_gates_stay_where_they_begin():
+    _, _, settings = train.read(compose("train", ["experiment=ablation/frozen_gates", "train.learning_rate=2e-3"]))
+    moved = settings.steps * settings.learning_rate * settings.memory_learning_rate_scale  # AdamW steps are of about its rate
+    assert torch.sigmoid(torch.tensor(10 * moved)) == 0.5
 
 
 @pytest.mark.parametrize("grid", options("grid"))

@@ -135,6 +135,11 @@ def test_bad_requests_are_refused(wrap):
         lm.loglikelihood_rolling(ask("loglikelihood_rolling", ("",)))
     with pytest.raises(InputError, match="a context is empty"):
         lm.generate_until(ask("generate_until", ("", {})))
+    for name in ("max_gen_toks", "temperature", "top_k", "top_p"):
+        with pytest.raises(InputError, match=f"generation_kwargs has {name}='many'; give a number"):
+            lm.generate_until(ask("generate_until", ("a", {name: "many"})))
+    with pytest.raises(InputError, match="do_sample='no'; give true or false"):
+        lm.generate_until(ask("generate_until", ("a", {"do_sample": "no"})))
     with pytest.raises(InputError, match="generation_kwargs has \\['num_beams'\\]"):
         lm.generate_until(ask("generate_until", ("a", {"num_beams": 4})))
     small = type("Small", (), {"vocab_size": 300, "encode": None, "decode": None})()

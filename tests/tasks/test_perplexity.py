@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from infini.tasks.perplexity import score as score_module
 from infini.tasks.perplexity.benchmark import PerplexitySettings, run
 from infini.tasks.perplexity.score import score_documents, tokens_of_buckets
 
 from infini import InfiniConfig, InfiniTransformer
+from infini import decoder as decoder_module
 from infini.data.bpe import train_bpe
 from infini.errors import InputError
 from infini.report.perplexity import by_position, perplexity, summary
@@ -79,14 +79,15 @@ def test_without_memory_each_segment_is_as_if_the_document_began_there(name):
     assert not np.allclose(found, score_documents(model, [document])[0], atol=1e-3)
 
 
-def test_large_vocabularies_are_read_in_shorter_pieces(model, monkeypatch):
-    documents, widths = draw(61, 40), []
+def test_large_vocabularies_make_no_piece_shorter_and_hold_few_logits(model, monkeypatch):
+    documents, widths, held = draw(61, 40), [], []
     expected = score_documents(model, documents)
-    forward = model.forward
-    monkeypatch.setattr(score_module, "LOGITS", 40 * 2 * 3)
-    monkeypatch.setattr(model, "forward", lambda tokens, *a, **k: widths.append(tokens.numel()) or forward(tokens, *a, **k))
-    assert np.allclose(np.concatenate(score_documents(model, documents)), np.concatenate(expected), rtol=0, atol=1e-9)
-    assert max(widths) == 6
+    read, head = model._read, model.head.forward
+    monkeypatch.setattr(decoder_module, "HELD_LOGITS", 6 * model.config.vocab_size)
+    monkeypatch.setattr(model, "_read", lambda tokens, *a, **k: widths.append(tokens.shape[1]) or read(tokens, *a, **k))
+    monkeypatch.setattr(model.head, "forward", lambda states: held.append(len(states)) or head(states))
+    assert np.allclose(np.concatenate(score_documents(model, documents, 30)), np.concatenate(expected), rtol=0, atol=1e-9)
+    assert widths == [30, 9, 21] and max(held) == 6
 
 
 def test_progress_is_every_token_once(model):
@@ -171,15 +172,15 @@ def test_positions_are_pooled_over_the_documents_that_reach_them():
 
 def test_the_memory_is_knocked_out_only_where_that_is_asked_for_and_known(folder):
     class Protocol(torch.nn.Module):
-        """A model that knows the protocol and no more."""
+        """A model that knows the protocol and no knock-out."""
 
         def __init__(self):
             super().__init__()
             self.inner = uniform()
             self.config, self.state_bytes, self.carried = self.inner.config, self.inner.state_bytes, self.inner.carried
 
-        def forward(self, tokens, state=None, *, keep="all"):
-            return self.inner(tokens, state, keep=keep)
+        def forward(self, tokens, state=None, *, targets=None):
+            return self.inner(tokens, state, targets=targets)
 
     asked = PerplexitySettings(texts=(f"{folder}/b.txt",))
     for model, settings in ((Protocol(), asked), (uniform(), PerplexitySettings(texts=asked.texts, knockout=False))):

@@ -88,7 +88,7 @@ def test_a_batch_depends_on_its_step_alone(folder):
 def test_a_window_longer_than_all_texts_goes_round(folder):
     (folder / "a").mkdir()
     (folder / "a" / "one.txt").write_text("abcde")
-    batch = DocumentStream(steps=1, texts=(f"{folder}/a/one.txt",), segment_length=16, segments=1, rows=1)[0]
+    batch = DocumentStream(steps=1, texts=(f"{folder}/a/one.txt",), segment_length=4, segments=4, rows=1)[0]
     assert bytes(batch.tokens[0].tolist()) == b"abcdeabcdeabcdeab"
     assert batch.reset[0].nonzero().flatten().tolist() == [0, 5, 10, 15]
 
@@ -164,6 +164,7 @@ def test_documents_that_are_too_short_are_counted_in_tokens(folder, learned):
         (dict(texts=("nowhere.txt",)), "nowhere.txt does not exist"),
         (dict(shortest=1000), "0 of 9 documents have 1000 tokens or more, 0 tokens in all, for 2 lanes"),
         (dict(rows=1000), "981 tokens in all, for 1000 lanes"),
+        (dict(segment_length=201), "the longest document has 201 tokens and a segment 201: nothing would ever be carried over a border"),
     ],
 )
 def test_what_cannot_be_read_is_refused(folder, changes, message):
@@ -200,7 +201,7 @@ def test_a_model_learns_from_it_and_resumes_to_the_same_bits(folder, tmp_path):
 
 
 def test_the_command_trains_on_documents(folder, tmp_path, capsys):
-    arguments = ["train", "debug=tiny", "task=stream", f"task.texts=['{folder}/*.txt']", "task.segments=2", "task.rows=1"]
+    arguments = ["train", "debug=tiny", "task=stream", f"task.texts=['{folder}/*.txt']", "task.segments=2", "task.rows=1", "model.segment_length=64"]
     assert main([*arguments, "~task.min_segments", "~task.max_segments", "~task.tokens_per_batch", f"output={tmp_path}/run"]) == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["data"]["class"] == "infini.tasks.stream.DocumentStream"
@@ -307,7 +308,7 @@ def test_a_task_that_reads_other_tokens_than_the_model_is_refused(folder, learne
     assert main([*tiny, f"model.tokenizer={learned}", "model.vocab_size=300", "task.tokenizer=bytes"]) == 2
     assert "but the task reads 'bytes': leave task.tokenizer out" in capsys.readouterr().err
     documents = ["task=stream", f"task.texts=['{folder}/*.txt']", "~task.min_segments", "~task.max_segments", "~task.tokens_per_batch"]
-    assert main([*tiny, *documents, f"model.tokenizer={learned}"]) == 2
+    assert main([*tiny, *documents, f"model.tokenizer={learned}", "model.segment_length=64"]) == 2
     assert "has 300 entries, the model's vocabulary 256" in capsys.readouterr().err
 
 

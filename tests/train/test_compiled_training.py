@@ -116,8 +116,8 @@ def test_a_whole_training_compiles_its_parts_in_the_first_step_and_no_more(model
     plain = run(infini(**model), Mixed(SEVERAL), tmp_path / "plain", **changes)
     assert not graphs
     compiled = run(infini(**model), Mixed(SEVERAL), tmp_path / "compiled", compile=True, **changes)
-    # Before attention, rotary positions (of keys once more, where they have heads of their own), after attention.
-    parts = 3 + ("num_key_value_heads" in model)
+    # Before attention, rotary positions (of keys once more, where they have heads of their own), after attention, losses.
+    parts = 4 + ("num_key_value_heads" in model)
     assert len(graphs) == 2 * parts  # with gradient and without
     steps = [int(found[1]) for message in caplog.messages if (found := re.match(TOLD, message))]
     assert steps == [1, 1]
@@ -132,7 +132,7 @@ def test_one_row_is_told_when_it_comes_and_going_on_compiles_nothing(graphs, tmp
         run(model, source, tmp_path / "compiled", compile=True)
     source.fails_at = None
     compiled = run(infini(short_conv=2), source, tmp_path / "compiled", compile=True)
-    assert len(graphs) == 10  # what is after attention sees all tokens in one row
+    assert len(graphs) == 12  # what is after attention sees all tokens in one row
     steps = [int(found[1]) for message in caplog.messages if (found := re.match(TOLD, message))]
     assert steps == [1, 1, 4, 5]
     assert compiled == pytest.approx(run(infini(short_conv=2), source, tmp_path / "plain"), rel=1e-5, abs=1e-5)
@@ -142,9 +142,9 @@ def test_one_row_is_told_when_it_comes_and_going_on_compiles_nothing(graphs, tmp
     ("changes", "most"),
     [
         # Rows that differ have a table of positions each, and a document that begins among them parts the convolution.
-        ({}, 10),
+        ({}, 12),
         # A group's inputs get a gradient, and those of the first have none.
-        (dict(replay_segments=1), 12),
+        (dict(replay_segments=1), 13),
     ],
     ids=["parallel", "replay"],
 )
@@ -158,15 +158,15 @@ def test_streams_compile_little(changes, most, graphs, tmp_path):
 # Graphs of the first step, half of them without gradient, and of those in which a document begins: there rows have tables of
 # positions each, and it parts the convolution.
 BASELINES = {
-    "transformer_xl": (TransformerXL, {}, 4, 0),
+    "transformer_xl": (TransformerXL, {}, 6, 0),
     # The first layer's end reads embeddings, the others' what an end gave.
-    "transformer_xl_post_norm": (TransformerXL, {"norm": "post"}, 6, 0),
-    # The layer with the memory has projections of its own.
-    "memorizing": (MemorizingTransformer, {"memory_size": 4 * N, "top_k": 3}, 8, 4),
-    "sliding": (FullTransformer, {"window": N}, 4, 2),
-    "rmt": (RecurrentMemoryTransformer, {"num_memory_tokens": 2}, 4, 0),
+    "transformer_xl_post_norm": (TransformerXL, {"norm": "post"}, 8, 0),
+    # The layer with the memory has projections of its own, and weighs what is retrieved; around documents some of it is hidden.
+    "memorizing": (MemorizingTransformer, {"memory_size": 4 * N, "top_k": 3}, 12, 6),
+    "sliding": (FullTransformer, {"window": N}, 6, 2),
+    "rmt": (RecurrentMemoryTransformer, {"num_memory_tokens": 2}, 6, 0),
     # Layers of two kinds; the recurrent one has a part behind its recurrence too.
-    "gated_deltanet": (GatedDeltaNet, {}, 8, 4),
+    "gated_deltanet": (GatedDeltaNet, {}, 10, 4),
 }
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -62,6 +63,20 @@ def test_a_run_leaves_its_model_its_curve_and_its_record(tiny_model, copy_source
     longest = max(source[i].tokens.shape[1] - 1 for i in range(8))
     assert (metrics["gradient_tokens"], metrics["text_tokens"]) == (longest, longest)
     assert read_reach(tmp_path / "model") == {"gradient_tokens": longest, "text_tokens": longest}
+
+
+def test_with_no_weight_an_answer_is_a_token_like_others(tiny_model, copy_source, settings, tmp_path):
+    class Unasked(type(copy_source())):
+        def __getitem__(self, index):
+            batch = super().__getitem__(index)
+            return dataclasses.replace(batch, answer=torch.zeros_like(batch.answer))
+
+    models = {}
+    for name, source in (("asked", copy_source()), ("unasked", Unasked())):
+        models[name] = tiny_model()
+        train(models[name], source, settings(answer_weight=0.0), tmp_path / name)
+    assert all(torch.equal(*both) for both in zip(*(model.state_dict().values() for model in models.values()), strict=True))
+    assert [row["loss"] for row in rows(tmp_path / "asked")] == [row["token_loss"] for row in rows(tmp_path / "asked")]
 
 
 def test_the_same_seed_gives_the_same_run(tiny_model, copy_source, settings, tmp_path):

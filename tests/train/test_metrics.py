@@ -48,9 +48,10 @@ def test_losses_are_means_over_all_tokens_of_the_window_not_means_of_means():
 
 
 def test_the_loss_told_is_the_one_minimized():
-    window = Window(token_weight=0.5)
-    window.add(1, result(100, 8, 1, 40, 2))
-    assert window.read()["loss"] == 0.5 * 2.5 + 4.0
+    for weights in ((0.5, 1.0), (1.0, 0.0)):
+        window = Window(*weights)
+        window.add(1, result(100, 8, 1, 40, 2))
+        assert window.read()["loss"] == weights[0] * 2.5 + weights[1] * 4.0
 
 
 def test_without_answers_there_is_no_answer_loss():

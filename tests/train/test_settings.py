@@ -20,12 +20,19 @@ from infini.errors import InputError
         ("clip", None, "a number"),
         ("learning_rate", float("inf"), "greater than 0, and finite"),
         ("token_weight", float("nan"), "a number"),
+        ("answer_weight", -1.0, "0 or more"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_limit(settings, name, value, limit):
     with pytest.raises(InputError, match=limit) as caught:
         settings(**{name: value})
     assert name in str(caught.value) and repr(value) in str(caught.value)
+
+
+def test_a_loss_of_nothing_is_refused(settings):
+    assert settings(answer_weight=0.0).token_weight == 1.0
+    with pytest.raises(InputError, match="both 0"):
+        settings(token_weight=0.0, answer_weight=0.0)
 
 
 def test_what_does_not_change_the_numbers_is_not_part_of_a_run_s_identity(settings):

@@ -16,22 +16,22 @@ class Watched(torch.optim.SGD):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.25, 0.0])
-def test_accumulated_batches_weigh_as_one_large_batch(tiny_model, copy_source, weight):
+@pytest.mark.parametrize(("weight", "of_answers"), [(1.0, 1.0), (0.25, 1.0), (0.0, 1.0), (1.0, 0.0), (0.5, 3.0)])
+def test_accumulated_batches_weigh_as_one_large_batch(tiny_model, copy_source, weight, of_answers):
     source = copy_source()
     parts = [source[i] for i in range(5)]
     assert len({part.segments for part in parts}) == 2  # sizes differ: a mean of means would be wrong
     parts[1].answer[:, 3:] = True  # and so do the numbers of answers
     model = tiny_model()
     optimizer = Watched(model.parameters())
-    result = take_step(model, optimizer, parts, 1e9, CPU, token_weight=weight)
+    result = take_step(model, optimizer, parts, 1e9, CPU, token_weight=weight, answer_weight=of_answers)
 
     model.zero_grad()
     losses = [loss_of(model, part.to("cpu")) for part in parts]
     tokens = sum(part.tokens[:, 1:].numel() for part in parts)
     answers = sum(int(part.answer.sum()) for part in parts)
     token_sum, answer_sum = sum(l.tokens for l in losses), sum(l.answers for l in losses)
-    (weight * token_sum / tokens + answer_sum / answers).backward()
+    (weight * token_sum / tokens + of_answers * answer_sum / answers).backward()
 
     assert (result.tokens, result.answers) == (tokens, answers)
     torch.testing.assert_close(result.sums.tokens, token_sum.detach())
