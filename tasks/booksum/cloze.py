@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from infini.tasks.booksum.names import WORD, find_mentions, kinds_of
@@ -26,6 +27,7 @@ _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Mme|M|Messrs|[A-Z])\.$")
 _TITLE = re.compile(r"\b(Mr|Mrs|Miss|Dr|Sir|Lord|Lady|Captain|Colonel|Major|Uncle|Aunt|Madame|Monsieur|Mademoiselle|Don|Saint|St)\.? $")
 _MORE_BEFORE = re.compile(r"(?:[a-z,;:—’”] [A-ZÀ-Þ][\w’]*\.?|\b(?:[Tt]he|[Aa]n?|[Tt]his|[Tt]hat|my|your|[A-ZÀ-Þ]\.)) $")
 _MORE_BEHIND = re.compile(r"[ -][A-ZÀ-Þ]|-")
+_FIRST_WORDS = re.compile(r"\S+(?: \S+){5}(?=(?: \S+){6})")
 _WHO = re.compile(r" (?:\w+ed|was|had|said|went|came|took|gave|made|saw|knew|told|felt|stood|sat|ran|put|did|could|would)\b")
 
 
@@ -56,19 +58,42 @@ class Question:
 
 
 @dataclass(frozen=True)
-class _Passage:
+class Passage:
+    """A sentence that names somebody or something that may be asked for.
+
+    Attributes:
+        sentence: as it stands in the book.
+        start: where the name begins in it.
+        name: the name.
+        title: before the name; "" where there is none.
+        distance: letters of the book behind the sentence.
+    """
+
     sentence: str
-    start: int  # of the name, in the sentence
+    start: int
     name: str
-    title: str  # before it
-    words: frozenset[str]
+    title: str
     distance: int
 
+    @property
+    def opening(self) -> str:
+        """The sentence up to the name."""
+        return self.sentence[: self.start]
+
+    @property
+    def blanked(self) -> str:
+        """The sentence with ``____`` in place of the name."""
+        return self.opening + BLANK + self.sentence[self.start + len(self.name) :]
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """All words of the sentence."""
+        return frozenset(WORD.findall(self.sentence))
+
     def question(self, choices: tuple[str, ...], place: bool, pair: int) -> Question:
-        stop = self.start + len(self.name)
-        kind = "place" if place else "who" if _WHO.match(self.sentence[stop:]) else "name"
-        passage = self.sentence[: self.start] + BLANK + self.sentence[stop:]
-        return Question(passage, self.name, choices, kind, self.distance, pair)
+        """What asks for its name, between ``choices``."""
+        kind = "place" if place else "who" if _WHO.match(self.sentence[self.start + len(self.name) :]) else "name"
+        return Question(self.blanked, self.name, choices, kind, self.distance, pair)
 
 
 def make_questions(text: str, seed: int = 0, most: int | None = None) -> list[Question]:
@@ -77,8 +102,9 @@ def make_questions(text: str, seed: int = 0, most: int | None = None) -> list[Qu
     A passage is a sentence of 40 to 300 letters and at least 8 words that stands once in the text and ends with a full stop, a
     question mark or an exclamation mark. Its name is one of a person or a place (:mod:`infini.tasks.booksum.names`) whose words stand in it
     once, without more of the name before or behind. The two names of a pair are of one kind (he, she, a person, a place) and have the
-    same title before them (Mr, Lady, none), so that grammar does not tell them apart; they have no word in common, and neither
-    stands in the other's passage. The two passages are equally far from the text's end, within a factor of two.
+    same title before them (Mr, Lady, none), so that grammar does not tell them apart, and both or neither a blank, so that they are
+    the same tokens in both questions; they have no word in common, and neither stands in the other's passage. The two passages are
+    equally far from the text's end, within a factor of two.
 
     Args:
         text: the book, or the part of it that is read.
@@ -93,10 +119,10 @@ def make_questions(text: str, seed: int = 0, most: int | None = None) -> list[Qu
         True
     """
     random, pairs = np.random.default_rng(seed), []
-    pools: dict[tuple[int, str, str], dict[str, list[_Passage]]] = defaultdict(lambda: defaultdict(list))
-    for passage, kind in _passages(text):
-        pools[_bin(passage.distance), kind, passage.title][passage.name].append(passage)
-    for (_, kind, _), pool in sorted(pools.items()):
+    pools: dict[tuple[int, str, str, bool], dict[str, list[Passage]]] = defaultdict(lambda: defaultdict(list))
+    for passage, kind in find_passages(text):
+        pools[_bin(passage.distance), kind, passage.title, passage.opening[-1:] in ("", " ")][passage.name].append(passage)
+    for (_, kind, _, _), pool in sorted(pools.items()):
         for name in sorted(pool):
             pool[name] = [pool[name][i] for i in random.permutation(len(pool[name]))]
         pairs += [(kind, passages) for passages in _pairs(pool)]
@@ -129,7 +155,11 @@ def sentences(text: str) -> Iterator[tuple[int, int]]:
     yield start, len(text)
 
 
-def _passages(text: str) -> Iterator[tuple[_Passage, str]]:
+def find_passages(text: str) -> Iterator[tuple[Passage, str]]:
+    """All that may be asked about a text, in its order, each with the kind of its name, see :func:`make_questions`.
+
+    A sentence with several names comes once for each of them.
+    """
     mentions = find_mentions(text)
     kinds, starts = kinds_of(text, mentions), [mention.start for mention in mentions]
     spans = [(start, stop) for start, stop in sentences(text) if LETTERS[0] <= stop - start <= LETTERS[1]]
@@ -137,7 +167,7 @@ def _passages(text: str) -> Iterator[tuple[_Passage, str]]:
     for start, stop in spans:
         sentence = text[start:stop]
         words = Counter(WORD.findall(sentence))
-        if times[sentence] > 1 or words.total() < WORDS or sentence.rstrip("”’\")")[-1:] not in (".", "!", "?"):
+        if times[sentence] > 1 or BLANK[0] in sentence or words.total() < WORDS or sentence.rstrip("”’\")")[-1:] not in (".", "!", "?"):
             continue
         for mention in mentions[bisect_left(starts, start) : bisect_left(starts, stop)]:
             before, behind = sentence[: mention.start - start], sentence[mention.stop - start :]
@@ -145,13 +175,30 @@ def _passages(text: str) -> Iterator[tuple[_Passage, str]]:
             whole = (title or not _MORE_BEFORE.search(before)) and not _MORE_BEHIND.match(behind)
             if whole and mention.name in kinds and all(words[word] == 1 for word in mention.name.split()):
                 title = title[1] if title else ""
-                yield _Passage(sentence, len(before), mention.name, title, frozenset(words), len(text) - stop), kinds[mention.name]
+                yield Passage(sentence, len(before), mention.name, title, len(text) - stop), kinds[mention.name]
 
 
-def _pairs(pool: dict[str, list[_Passage]]) -> Iterator[list[_Passage]]:
+def find_recitals(text: str) -> Iterator[Passage]:
+    """All sentences of a text that may be recited from their first words, in its order: each once in it, and of twelve words or more.
+
+    What is left to recite is the name of the passage.
+
+    >>> [one.name for one in find_recitals("It rained. On that day the wind had turned and the road was empty again. We slept.")]
+    [' turned and the road was empty again.']
+    """
+    spans = [(start, stop) for start, stop in sentences(text) if LETTERS[0] <= stop - start <= LETTERS[1]]
+    times = Counter(text[start:stop] for start, stop in spans)
+    for start, stop in spans:
+        sentence = text[start:stop]
+        begun = _FIRST_WORDS.match(sentence)
+        if times[sentence] == 1 and begun and BLANK[0] not in sentence:
+            yield Passage(sentence, begun.end(), sentence[begun.end() :], "", len(text) - stop)
+
+
+def _pairs(pool: dict[str, list[Passage]]) -> Iterator[list[Passage]]:
     """Passages of two names, as long as there are; the names with the most go first."""
     while True:
-        chosen: list[_Passage] = []
+        chosen: list[Passage] = []
         for name in sorted(pool, key=lambda name: (-len(pool[name]), name)):
             for passage in pool[name]:
                 if all(_apart(passage, other) for other in chosen):
@@ -166,12 +213,12 @@ def _pairs(pool: dict[str, list[_Passage]]) -> Iterator[list[_Passage]]:
         yield chosen
 
 
-def _apart(one: _Passage, other: _Passage) -> bool:
+def _apart(one: Passage, other: Passage) -> bool:
     """Neither names the other's answer, nor a part of it."""
     return not (one.words & set(other.name.split()) or other.words & set(one.name.split()))
 
 
-def _evenly(pairs: Sequence[tuple[str, list[_Passage]]], most: int, random: np.random.Generator) -> list[tuple[str, list[_Passage]]]:
+def _evenly(pairs: Sequence[tuple[str, list[Passage]]], most: int, random: np.random.Generator) -> list[tuple[str, list[Passage]]]:
     """At most so many pairs: one of each bin in turn."""
     bins: dict[int, list] = defaultdict(list)
     for i in random.permutation(len(pairs)):

@@ -46,7 +46,7 @@ class PairFiles:
         books: tables of texts, joined with the summaries by ``key``. None of them: the texts stand beside the summaries.
         key: column that names the book, in both.
         text: column of the text.
-        summary: column of the summary.
+        summary: column of the summary, or of a list of them.
         root: folder in which BookSum's ``all_chapterized_books`` and ``finished_summaries`` lie, for alignment files.
     """
 
@@ -124,12 +124,20 @@ def _joined(files: PairFiles) -> Iterator[tuple[str, str, str]]:
         book = str(row[files.key])
         if book not in texts:
             raise InputError(f"the summary of {book!r} has no book in {', '.join(files.books)}; give the table with its text too")
-        yield book, texts[book], _text_of(row, files.summary)
+        yield from ((book, texts[book], summary) for summary in _summaries_of(row, files.summary))
 
 
 def _beside(files: PairFiles) -> Iterator[tuple[str, str, str]]:
     for row in read_rows(files.pairs, (files.key, files.text, files.summary)):
-        yield str(row[files.key]), _text_of(row, files.text), _text_of(row, files.summary)
+        yield from ((str(row[files.key]), _text_of(row, files.text), summary) for summary in _summaries_of(row, files.summary))
+
+
+def _summaries_of(row: dict, column: str) -> list[str]:
+    """A summary, or several: a list of texts, or of objects with a ``text``."""
+    value = row[column]
+    if not isinstance(value, list):
+        return [_text_of(row, column)]
+    return [_text_of(one, "text") if isinstance(one, dict) and "text" in one else _text_of({column: one}, column) for one in value] or [""]
 
 
 def _text_of(row: dict, column: str) -> str:

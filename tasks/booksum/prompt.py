@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +10,11 @@ import numpy as np
 from infini.data.tokenizer import Tokenizer
 
 SUMMARY_PROMPT = "\n\n### Summary of the book\n\n"
-END = "\n###"  # ends a summary and an answer; no book of ours has a line that begins so
+END = "\n###"  # ends a summary; no book of ours has a line that begins so
+ANSWER_END = "\n"
 BLANK = "____"
+_GAP = "_"  # the blank in what a model reads, where each sign is a token
+_LAST_WORDS = re.compile(r"(?: \S+){0,8} ?$|\S+ ?$")  # eight at most, with the blank before each
 
 
 class Asked(NamedTuple):
@@ -33,16 +37,37 @@ def ask_summary(tokenizer: Tokenizer, summary: str, most: int | None = None) -> 
     return Asked(tokenizer.encode_bytes(SUMMARY_PROMPT.encode()), target if most is None else target[:most])
 
 
-def cloze_prompt(passage: str) -> str:
-    """The words that ask for the blank of a passage.
+def ask_blank(tokenizer: Tokenizer, passage: str, answer: str) -> Asked:
+    """A passage with a blank, then once more its last words before the blank; and what is missing, with its end.
+
+    The words said again stand before the answer as they stood before it in the book. So the memory is asked by what it was written
+    with, as in any text that repeats, when what stands behind the blank is known too.
+
+    Args:
+        tokenizer: the model's.
+        passage: with one ``____``.
+        answer: for the blank.
 
     Example:
-        >>> cloze_prompt("Call me ____.")
-        '\\n\\n### Fill the blank\\n\\nCall me ____.\\n\\nAnswer:'
+        >>> from infini.data.tokenizer import ByteTokenizer
+        >>> prompt, target = ask_blank(ByteTokenizer(), "Then ____ went home.", "Ann")
+        >>> bytes(prompt), bytes(target)
+        (b'\\n\\n? Then _ went home.\\n= Then', b' Ann\\n')
     """
-    return f"\n\n### Fill the blank\n\n{passage}\n\nAnswer:"
+    before, _, behind = passage.partition(BLANK)
+    again = _LAST_WORDS.search(" " + before)[0]
+    said = again.rstrip(" ")
+    prompt, target = f"\n\n? {before}{_GAP}{behind}\n={said}", f"{again[len(said):]}{answer}{ANSWER_END}"
+    return Asked(tokenizer.encode_bytes(prompt.encode()), tokenizer.encode_bytes(target.encode()))
 
 
-def ask_blank(tokenizer: Tokenizer, passage: str, answer: str) -> Asked:
-    """The prompt of a passage with a blank, and what is missing, with its end."""
-    return Asked(tokenizer.encode_bytes(cloze_prompt(passage).encode()), tokenizer.encode_bytes(f" {answer}{END}".encode()))
+def ask_recital(tokenizer: Tokenizer, begun: str, rest: str) -> Asked:
+    """The first words of a sentence, and the others, with their end.
+
+    Example:
+        >>> from infini.data.tokenizer import ByteTokenizer
+        >>> prompt, target = ask_recital(ByteTokenizer(), "Call me", " Ishmael.")
+        >>> bytes(prompt), bytes(target)
+        (b'\\n\\n> Call me', b' Ishmael.\\n')
+    """
+    return Asked(tokenizer.encode_bytes(f"\n\n> {begun}".encode()), tokenizer.encode_bytes(f"{rest}{ANSWER_END}".encode()))

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from infini.tasks.booksum.cloze import make_questions
+from infini.tasks.booksum.asking import NEAREST, Course, Parts, ask_on_the_way, on_the_way, passages_of
 from infini.tasks.booksum.pairs import PairFiles, digest, read_pairs
-from infini.tasks.booksum.prompt import Asked, ask_blank, ask_summary
+from infini.tasks.booksum.prompt import ask_summary
 
 from infini.data.batch import Batch
 from infini.data.documents import Document
@@ -42,7 +42,9 @@ class BookSummaries(PairFiles):
 
     In ``cloze_share`` of the visits questions stand behind the book in place of the summary, as many as fit, see
     :mod:`infini.tasks.booksum.cloze`; there, where only ``book_tokens`` of a book are read, they begin anywhere in it, and of a
-    summary's book the first are read. A part of a book that no question can be made of is asked for its summary.
+    summary's book the first are read. A part of a book that no question can be made of is asked for its summary. With
+    ``question_share`` questions are asked on the way too, a few after every some hundred tokens. The distance between a passage and its
+    question is log-uniform; the largest grows geometrically from ``farthest_start`` to the whole book over ``growth`` of training.
 
     ``source[step]`` depends on ``seed`` and ``step`` alone: a resumed run sees what an uninterrupted one would have seen.
 
@@ -57,6 +59,11 @@ class BookSummaries(PairFiles):
         book_tokens: most tokens of a book; None: the whole book.
         summary_tokens: most tokens of a summary with its end.
         cloze_share: 0..1.
+        question_share: 0..1, of what is read in such a visit: questions on the way.
+        farthest_start: tokens between a passage and its question, at most, at the start of training; None: as at its end.
+        recital_share_start, recital_share_end: share of the questions that ask to recite a sentence from its first words, at the start
+            of training and from ``growth`` of it on. Any sentence will do and most of it is an answer, so retrieval is learned sooner.
+        growth: share of training after which there is no such limit.
         tokenizer: the model's, ``"bytes"`` or a ``tokenizer.json``.
         rank: which of ``world_size`` processes this is; each has rows of its own.
         world_size: processes.
@@ -75,6 +82,11 @@ class BookSummaries(PairFiles):
     book_tokens: int | None = None
     summary_tokens: int = 1024
     cloze_share: float = 0.0
+    question_share: float = 0.0
+    recital_share_start: float = 0.0
+    recital_share_end: float = 0.0
+    farthest_start: int | None = None
+    growth: float = 0.5
     tokenizer: str = "bytes"
     rank: int = 0
     world_size: int = 1
@@ -85,8 +97,13 @@ class BookSummaries(PairFiles):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}; it must not be negative")
-        if not 0 <= self.cloze_share <= 1:
-            raise InputError(f"cloze_share is {self.cloze_share}; it is a share, from 0 to 1")
+        for name in ("cloze_share", "recital_share_start", "recital_share_end", "growth"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
+        if not 0 <= self.question_share <= 0.9:
+            raise InputError(f"question_share is {self.question_share}; it is a share of what is read, from 0 to 0.9")
+        if self.farthest_start is not None and self.farthest_start <= NEAREST:
+            raise InputError(f"farthest_start is {self.farthest_start}; no question is nearer than {NEAREST} tokens: raise it")
         if not 0 <= self.rank < self.world_size:
             raise InputError(f"rank is {self.rank} of {self.world_size} processes; it must be 0 to {self.world_size - 1}")
         if self.book_tokens is not None and self.book_tokens < self.segment_length:
@@ -104,7 +121,7 @@ class BookSummaries(PairFiles):
             )
         for name, value in {
             "_tokenizer": tokenizer, "_books": [books[pair.book] for pair in pairs], "_asked": asked, "_skipped": skipped,
-            "_digest": digest(pairs), "_epochs": {}, "_visits": OrderedDict(),
+            "_digest": digest(pairs), "_epochs": {}, "_visits": OrderedDict(), "_passages": {},
         }.items():  # fmt: skip
             object.__setattr__(self, name, value)
 
@@ -149,12 +166,12 @@ class BookSummaries(PairFiles):
 
     def _at(self, lane: int, turn: int) -> tuple[_Text, int]:
         """The visit that a lane is at, and how far into it."""
-        epoch = 0
-        while turn >= (ends := self._epoch(lane, epoch)[2])[-1]:
-            turn, epoch = turn - int(ends[-1]), epoch + 1
-        place = int(np.searchsorted(ends, turn, side="right"))
-        begin = int(ends[place - 1]) if place else 0
-        return self._visit(lane, epoch, place), (turn - begin) * self._window
+        epoch, begin = 0, 0
+        while turn >= begin + (ends := self._epoch(lane, epoch)[2])[-1]:
+            begin, epoch = begin + int(ends[-1]), epoch + 1
+        place = int(np.searchsorted(ends, turn - begin, side="right"))
+        begin += int(ends[place - 1]) if place else 0
+        return self._visit(lane, epoch, place, begin), (turn - begin) * self._window
 
     def _epoch(self, lane: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which pair each visit of an epoch is to, which of them are asked questions, and the window behind each."""
@@ -165,51 +182,54 @@ class BookSummaries(PairFiles):
             read = [min(len(self._books[i]), self.book_tokens or len(self._books[i])) for i in order]
             # Room is kept for as many questions as there may be: how many there are is known when they are made.
             tails = [self._room if ask else sum(map(len, self._asked[i])) for i, ask in zip(order, cloze, strict=True)]
-            windows = [-(-sum(both) // self._window) for both in zip(read, tails, strict=True)]
+            ways = [on_the_way(count, self.question_share) if ask else 0 for count, ask in zip(read, cloze, strict=True)]
+            windows = [-(-sum(parts) // self._window) for parts in zip(read, ways, tails, strict=True)]
             self._epochs[lane, epoch] = order, cloze, np.cumsum(windows)
         return self._epochs[lane, epoch]
 
-    def _visit(self, lane: int, epoch: int, place: int) -> _Text:
+    def _visit(self, lane: int, epoch: int, place: int, begin: int) -> _Text:
         key = (lane, epoch, place)
         if key not in self._visits:
             while len(self._visits) >= 2 * self.rows * self.streams:  # each lane is at one, or between two
                 self._visits.popitem(last=False)
-            self._visits[key] = self._make(*key)
+            self._visits[key] = self._make(*key, begin)
         self._visits.move_to_end(key)
         return self._visits[key]
 
-    def _make(self, lane: int, epoch: int, place: int) -> _Text:
+    def _make(self, lane: int, epoch: int, place: int, begin: int) -> _Text:
         order, cloze, ends = self._epoch(lane, epoch)
         random = np.random.default_rng((self.seed, lane, epoch, place))
-        book = self._books[order[place]]
+        which = int(order[place])
+        book = self._books[which]
         count = min(len(book), self.book_tokens or len(book))
-        asked, first = [], int(random.integers(len(book) - count + 1))
+        parts, first = [], int(random.integers(len(book) - count + 1))
         if cloze[place]:
-            asked = self._questions(book[first : first + count], random)
-        if not asked:
-            asked, first = [self._asked[order[place]]], 0
-        parts = [book[first : first + count]] + [part for one in asked for part in one]
+            grown = 1.0 if self.growth == 0 else min(1.0, begin * self.streams / (self.growth * self.steps))
+            parts = self._questions(which, first, count, grown, random)
+        if not parts:
+            parts = [(book[:count], False), *zip(self._asked[which], (False, True), strict=True)]
         size = int(ends[place] - (ends[place - 1] if place else 0)) * self._window
-        before = self._passage(size - sum(map(len, parts)), random)
-        tokens = np.concatenate([before, *parts])
-        answer, reset = np.zeros(size, bool), np.zeros(size, bool)
+        before = self._passage(size - sum(len(ids) for ids, _ in parts), random)
+        tokens = np.concatenate([before, *(ids for ids, _ in parts)])
+        answer = np.concatenate([np.zeros(len(before), bool), *(np.full(len(ids), said) for ids, said in parts)])
+        reset = np.zeros(size, bool)
         reset[[0, len(before)]] = True
-        stops = len(before) + np.cumsum([len(part) for part in parts])
-        for start, stop in zip(stops[1::2], stops[2::2], strict=True):
-            answer[start:stop] = True
         return _Text(tokens, answer, reset)
 
-    def _questions(self, book: np.ndarray, random: np.random.Generator) -> list[Asked]:
-        """As many as fit, in any order; none where none can be made."""
-        made = make_questions(self._tokenizer.decode(book.tolist()), int(random.integers(2**31)))
-        found, room = [], self._room
-        for i in random.permutation(len(made)):
-            one = ask_blank(self._tokenizer, made[i].passage, made[i].answer)
-            room -= sum(map(len, one))
-            if room < 0:
-                break
-            found.append(one)
-        return found
+    def _questions(self, which: int, first: int, count: int, grown: float, random: np.random.Generator) -> Parts:
+        """A part of a book with questions on the way and behind it, as many as fit, when ``grown`` (0..1) of the curriculum is done."""
+        book = self._books[which]
+        if which not in self._passages:
+            self._passages[which] = passages_of(book, self._tokenizer)
+        farthest = count
+        if self.farthest_start is not None and self.farthest_start < count:
+            farthest = round(self.farthest_start * (count / self.farthest_start) ** grown)
+        course = Course(
+            share=self.question_share, recital_share=self.recital_share_start + grown * (self.recital_share_end - self.recital_share_start),
+            farthest=farthest, room=self._room,
+        )  # fmt: skip
+        here = [passages.between(first, first + count) for passages in self._passages[which]]
+        return ask_on_the_way(book[first : first + count], here, course, self._tokenizer, random)
 
     def _passage(self, count: int, random: np.random.Generator) -> np.ndarray:
         """So many tokens from somewhere in the books; more than one passage where the book is too short."""

@@ -157,14 +157,15 @@ class BookOracle(PasskeyOracle):
         return (None if keep == "none" else logits), _Text(tuple(rows))
 
     def _next(self, text):
-        book, asked, rest = text.rpartition("\n\n### ")
-        if rest.startswith("Fill the blank\n\n") and "\n\nAnswer:" in rest:
-            passage, _, written = rest.removeprefix("Fill the blank\n\n").partition("\n\nAnswer:")
-            before, _, behind = passage.partition("____")
+        book, asked, rest = text.rpartition("\n\n? ")
+        if asked and "\n=" in rest and "###" not in rest:
+            passage, _, written = rest.partition("\n=")
+            before, _, behind = passage.partition("_")
             found = re.search(re.escape(before) + r"([^.]{1,30}?)" + re.escape(behind), book)
-            said = f" {found[1]}\n###" if found else ""
-        elif rest.startswith("Summary of the book\n\n"):
-            written = rest.removeprefix("Summary of the book\n\n")
+            words = before.split(" ")
+            said = f" {' '.join(words[-9 if before.endswith(' ') else -8 :])}{found[1]}\n" if found else ""
+        elif "\n\n### Summary of the book\n\n" in text:
+            book, _, written = text.rpartition("\n\n### Summary of the book\n\n")
             said = self.summaries.get(book[:40], "") + "\n###"
         else:
             return None

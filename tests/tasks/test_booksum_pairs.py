@@ -72,6 +72,22 @@ def test_rows_of_one_key_may_be_chapters(tmp_path):
     ]  # fmt: skip
 
 
+def test_several_summaries_in_one_row(tmp_path):
+    """The form of BookSum's whole books on the hub: a list of objects, each from another site."""
+    rows = [
+        {"bid": "1", "text": "It rained.", "summary": [{"source": "a", "text": "Rain.", "analysis": "Sad."}, {"source": "b", "text": ""}]},
+        {"bid": "2", "text": "It blew.", "summary": ["Wind.", "Storm."]},
+        {"bid": "3", "text": "It froze.", "summary": []},
+    ]
+    files = write_lines(tmp_path / "a.jsonl", rows)
+    pairs, skipped = read_pairs(PairFiles(pairs=files, key="bid"))
+    assert [(pair.name, pair.summary) for pair in pairs] == [("1", "Rain."), ("2", "Wind."), ("2 (2)", "Storm.")]
+    assert skipped == {"an empty summary": 2}
+    assert read_pairs(PairFiles(pairs=files, books=files, key="bid")) == (pairs, skipped)
+    with pytest.raises(InputError, match="column 'summary' holds int, not text"):
+        read_pairs(PairFiles(pairs=write_lines(tmp_path / "b.jsonl", [{"bid": 1, "text": "It rained.", "summary": [3]}]), key="bid"))
+
+
 def test_files_on_the_hub(monkeypatch):
     """They are opened as files of their kind, not as a data set with a script."""
     datasets = pytest.importorskip("datasets")

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from infini.tasks.booksum.asking import NEAREST
 from infini.tasks.booksum.prompt import END, SUMMARY_PROMPT
 from infini.tasks.booksum.training import BookSummaries
 
@@ -84,27 +85,81 @@ def test_the_first_part_of_a_book_and_a_cut_summary(source, library):
             assert summary == summaries[name][:20] and int(answer.sum()) == 20
 
 
-def test_questions_are_about_what_was_read_and_only_names_are_answers(source):
-    asked = 0
+def questions(text, answer):
+    """Of each question in a text: the bytes of the book before it, where its sentence ends in them, and the sentence; asked as it should be."""
+    data, book, last = text.encode(), b"", 0
+    edges = torch.diff(answer.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32)).nonzero().flatten().tolist()
+    for start, stop in zip(edges[::2], edges[1::2]):
+        asked = max(data.rfind(mark, last, start) for mark in (b"\n\n? ", b"\n\n> "))
+        book += data[last:asked]
+        if data[asked + 2 : asked + 4] == b"> ":
+            sentence = data[asked + 4 : stop - 1]
+            assert len(data[asked + 4 : start].split()) == 6 and data[stop - 1 : stop] == b"\n" and len(data[start:stop].split()) >= 6
+            yield book, book.rindex(sentence) + len(sentence), sentence
+            last = stop
+            continue
+        passage, _, again = data[asked + 4 : start].partition(b"\n=")
+        before, gap, behind = passage.partition(b"_")
+        name = data[start:stop].removeprefix(b" ").removesuffix(b"\n")
+        assert data[start:stop].endswith(b"\n") and gap and len(again.split()) <= 8 and (b" " + before).rstrip(b" ").endswith(again)
+        assert (b" " + before).endswith(again + data[start:stop].removesuffix(name + b"\n"))
+        assert len(again.split()) == 8 or again.strip() == before.strip()
+        sentence = before + name + behind
+        yield book, book.rindex(sentence) + len(sentence), sentence
+        last = stop
+
+
+def test_questions_are_about_what_was_read_and_only_names_are_answers(source, library):
+    found = []
     for lane in lanes(source(steps=120, cloze_share=1.0, book_tokens=4000)):
         for text, answer, stop in texts(*lane):
-            book, *questions = text.split("\n\n### Fill the blank\n\n")
-            if not questions:
-                continue
-            assert stop % (8 * 64) == 0 and SUMMARY_PROMPT not in text
-            wanted = 0
-            for question in questions:
-                passage, said = question.split("\n\nAnswer: ")
-                assert passage.replace("____", said.removesuffix(END)) in book and said.endswith(END)
-                wanted += len(" " + said)
-            assert int(answer.sum()) == wanted
-            assert len(text.encode()) - len(book.encode()) <= 7 * 64
-            asked += len(questions)
-    assert asked > 30
+            asked = list(questions(text, answer)) if "�" not in text else []
+            if asked:
+                book, _, _ = asked[-1]
+                assert stop % (8 * 64) == 0 and SUMMARY_PROMPT not in text and any(book.decode() in whole for whole in library[0].values())
+                assert all(len(book) == len(asked[0][0]) for book, _, _ in asked)  # all of them behind it
+                assert len(text.encode()) - len(book) <= 7 * 64
+                assert len({sentence for _, _, sentence in asked}) == len(asked)
+                found += asked
+    assert len(found) > 30
+
+
+def test_questions_on_the_way_ask_for_what_was_read_by_then(source):
+    """From near to far, evenly in the logarithm, about as many as asked for."""
+    on_the_way, away, asked_bytes, read = 0, [], 0, 0
+    for lane in lanes(source(steps=400, cloze_share=1.0, question_share=0.4)):
+        for text, answer, _ in texts(*lane):
+            asked = list(questions(text, answer)) if "�" not in text else []
+            if asked:
+                whole = len(asked[-1][0])
+                on_the_way += sum(len(book) < whole for book, _, _ in asked)
+                assert all(book.endswith(b"\n") for book, _, _ in asked if len(book) < whole)
+                away += [len(book) - end for book, end, _ in asked if len(book) > 4000]
+                assert len({sentence for _, _, sentence in asked}) == len(asked)
+                asked_bytes, read = asked_bytes + len(text.encode()) - whole, read + len(text.encode())
+    assert on_the_way > 100 and 0.2 < asked_bytes / read < 0.5
+    assert NEAREST - 4 <= min(away) < 200 and max(away) > 4000  # bytes of letters that take three shift places by a few
+    near, far = (sum(low <= distance < 5 * low for distance in away) for low in (5 * NEAREST, 25 * NEAREST))
+    assert 0.5 < far / near < 2
+
+
+def test_questions_grow_more_distant_and_recitals_give_way_to_names(source):
+    """At the start they are near and ask to recite; from half of training on as far as the book is long, and for names."""
+    found = {False: [], True: []}
+    whole = source(steps=400, cloze_share=1.0, question_share=0.5, farthest_start=600, recital_share_start=1.0, book_tokens=4000)
+    for row in range(2):
+        for late, steps in ((False, range(40)), (True, range(200, 400))):
+            lane = tuple(torch.cat([getattr(whole[step], name)[row, 1:] for step in steps]) for name in ("tokens", "answer", "reset"))
+            for text, answer, _ in texts(*lane):
+                if "�" not in text:
+                    found[late] += [(len(book) - end, f"\n\n> {sentence.decode()}\n" in text) for book, end, sentence in questions(text, answer)]
+    assert len(found[False]) > 20 and max(distance for distance, _ in found[False]) < 900 and all(recited for _, recited in found[False][:9])
+    assert max(distance for distance, _ in found[True]) > 3000 and not any(recited for _, recited in found[True][20:])
 
 
 def test_a_share_of_the_visits_ends_with_questions(source):
-    visits = [text for lane in lanes(source(steps=240, cloze_share=0.5, book_tokens=4000)) for text, _, _ in texts(*lane) if "###" in text]
+    found = [text for lane in lanes(source(steps=240, cloze_share=0.5, book_tokens=4000)) for text, _, _ in texts(*lane)]
+    visits = [text for text in found if "###" in text or "\n\n? " in text]
     kinds = [SUMMARY_PROMPT in text for text in visits]
     assert 0.2 < sum(kinds) / len(kinds) < 0.8 and len(kinds) > 20
 
@@ -186,6 +241,9 @@ def test_replay_gives_the_gradient_of_the_whole_window(source):
     [
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"cloze_share": 1.5}, "cloze_share is 1.5; it is a share"),
+        ({"question_share": 1.0}, "question_share is 1.0; it is a share of what is read, from 0 to 0.9"),
+        ({"growth": -0.1}, "growth is -0.1; it is a share"),
+        ({"farthest_start": 16}, "farthest_start is 16; no question is nearer than 16 tokens: raise it"),
         ({"book_tokens": 63}, "book_tokens is 63; a memory is of no use in less than a segment"),
         ({"rank": 1}, "rank is 1 of 1 processes"),
         ({"seed": -1}, "seed is -1"),
