@@ -26,7 +26,7 @@ LEVELS = [
     {"checkpoint"},
     {"state"},
     {"layers", "local", "memory"},
-    {"kernels", "causal", "compiled", "config", "segments", "tokenizer_file"},
+    {"kernels", "causal", "gated_delta", "compiled", "config", "segments", "tokenizer_file"},
     {"field_types"},
     {"device"},
     {"protocol", "errors", "tensor_file"},
@@ -34,10 +34,10 @@ LEVELS = [
 ]
 HEIGHT = {part: -line for line, parts in enumerate(LEVELS) for part in parts}
 OPEN_TO_TASKS = {"protocol", "session", "data", "report", "errors"}
-OPEN_TO_BASELINES = OPEN_TO_TASKS | {"local", "layers", "memory", "segments", "state", "compiled", "config", "decoder"}
+OPEN_TO_BASELINES = OPEN_TO_TASKS | {"local", "layers", "memory", "segments", "state", "compiled", "config", "decoder", "gated_delta"}
 # Libraries that one part of infini alone may import: the door to each.
 DOORS = {"hydra": "cli", "omegaconf": "cli", "transformers": "hf", "matplotlib": "report"}
-DOORS |= {"lm_eval": "evaluate", "flash_attn": "causal", "flash_attn_interface": "causal", "triton": "kernels"}
+DOORS |= {"lm_eval": "evaluate", "flash_attn": "causal", "flash_attn_interface": "causal", "triton": "kernels", "fla": "gated_delta"}
 # Slow or optional: only inside a function.
 LAZY = {"transformers", "tokenizers", "matplotlib", "flash_attn", "fla", "lm_eval", "datasets", "tensorboard", "rouge_score"}
 # Except in these: their package imports them where the library is installed, and does without them where it is not.
@@ -149,6 +149,7 @@ def test_there_are_no_circles():
         ("infini.hf.causal_lm", "transformers.AutoModel", True, "transformers is imported when the module is"),
         ("infini.session", "tests.model", True, "tests are never imported"),
         ("infini.attention", "triton", False, "only infini.kernels imports triton"),
+        ("infini.bench.gated_delta", "fla.ops.gated_delta_rule", False, "only infini.gated_delta imports fla"),
         ("infini.model", ".attention.InfiniAttention", True, "relative import"),
         ("infini.model", "infini.InfiniConfig", True, "import from where a name is defined"),
     ],

@@ -26,18 +26,23 @@ def trials(
     rules: tuple[str, ...],
     backends: tuple[str, ...],
     kernels: tuple[str, ...] = KERNELS,
+    part: str = "layer",
 ) -> Trials:
-    """Local attention by every kernel; then for each rule and backend the memory's part, and the whole over the fastest local one."""
-    stretch = Stretch(1, tokens, heads, heads, head_dim, segment_length)
-    locals_ = yield from trials_of(stretch, device, "layer", kernels)
+    """Local attention by every kernel; then for each rule and backend the memory's part, and the whole over the fastest local one.
+
+    The generator returns the rows of the whole.
+    """
+    stretch, whole = Stretch(1, tokens, heads, heads, head_dim, segment_length), []
+    locals_ = yield from trials_of(stretch, device, part, kernels)
     for rule in rules:
         case = MemoryCase(Shape(1, tokens, segment_length, heads, heads, head_dim, rule), device)
         for backend in backends:
             for gradient in (False, True):
                 kernel, took = best_kernel(locals_, gradient)
-                yield memory_trial("layer", case, backend, gradient, None)
-                yield whole_trial("layer", case, backend, kernel, gradient, (f"local attention alone, {kernel}", took))
+                yield memory_trial(part, case, backend, gradient, None)
+                whole.append((yield whole_trial(part, case, backend, kernel, gradient, (f"local attention alone, {kernel}", took))))
         del case
+    return whole
 
 
 def full_trials(

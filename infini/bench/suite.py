@@ -7,20 +7,21 @@ from pathlib import Path
 
 import torch
 
-from infini.bench import alone, attend, curve, layer, memory, models, reach, shipped
+from infini.bench import alone, attend, curve, foreign, layer, memory, models, peers, reach, shipped
 from infini.bench.clock import copy_bandwidth, product_rate
 from infini.bench.trial import Ceilings, Row, Trials, measure
 from infini.causal import KERNELS
 from infini.errors import InputError
 from infini.loading import load
 from infini.report.record import make_record, write_record
+from infini.report.tables import bench_name
 
 
 @dataclass(frozen=True)
 class BenchSettings:
     """What is timed; `conf/bench.yaml` describes the fields."""
 
-    parts: tuple[str, ...] = ("layer", "kernels", "full", "step", "prefill", "local", "memory", "curve", "shipped")
+    parts: tuple[str, ...] = ("layer", "kernels", "full", "step", "prefill", "local", "memory", "curve", "shipped", "peers")
     rules: tuple[str, ...] = ("linear", "delta", "deltanet", "gated")
     backends: tuple[str, ...] = ("triton", "compiled", "torch")
     kernels: tuple[str, ...] = KERNELS
@@ -39,6 +40,7 @@ class BenchSettings:
     repeats: int = 20
     seconds: float = 2.0
     seed: int = 0
+    peer: str | None = None
 
     def __post_init__(self) -> None:
         known = {"parts": tuple(PARTS), "rules": tuple(memory.VARIANTS), "backends": memory.BACKENDS, "kernels": KERNELS}
@@ -50,6 +52,9 @@ class BenchSettings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.seconds > 0, "seconds", self.seconds, "greater than 0")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        if self.peer is not None:
+            _require("peers" in self.parts, "peer", self.peer, "null where parts are without peers")
+            foreign.place(self.peer)
         for name, lengths in (("tokens", (self.tokens,)), ("lengths", self.lengths), ("step_tokens", (self.step_tokens,))):
             for tokens in lengths:
                 whole = tokens <= self.segment_length or tokens % self.segment_length == 0
@@ -60,6 +65,11 @@ class BenchSettings:
         """The decoder of the parts `step` and `prefill`."""
         shape = (self.layers, self.heads, self.head_dim, self.intermediate_size, self.segment_length, self.vocab_size)
         return models.ModelShape(*shape)
+
+    @property
+    def peer_shape(self) -> memory.Shape:
+        """The text and heads of the part `peers`."""
+        return memory.Shape(1, self.tokens, min(self.segment_length, self.tokens), self.heads, self.heads, self.head_dim)
 
 
 def _layer(settings: BenchSettings, device: torch.device) -> Trials:
@@ -124,6 +134,12 @@ def _shipped(settings: BenchSettings, device: torch.device) -> Trials:
     return shipped.trials(device, load(device=device), (20, 4096), True in settings.compiled)
 
 
+def _peers(settings: BenchSettings, device: torch.device) -> Trials:
+    shape = settings.peer_shape
+    size = (shape.tokens, shape.segment_length, shape.heads, shape.head_dim)
+    return peers.trials(device, *size, settings.rules, settings.backends, settings.kernels, settings.peer)
+
+
 PARTS: dict[str, Callable[[BenchSettings, torch.device], Trials]] = {
     "layer": _layer,
     "kernels": _kernels,
@@ -134,6 +150,7 @@ PARTS: dict[str, Callable[[BenchSettings, torch.device], Trials]] = {
     "memory": _memory,
     "curve": _curve,
     "shipped": _shipped,
+    "peers": _peers,
 }
 
 
@@ -146,9 +163,12 @@ def run(output: Path, settings: BenchSettings, device: torch.device | str = "cud
         peak_memory_bytes; or `failed`, why there is no time.
 
     Raises:
+        InputError: `peer` cannot be used; nothing has been timed then.
         AssertionError: after the last part, where numbers of a row differed; it was not timed.
     """
     started, device = time.time(), torch.device(device)
+    if settings.peer is not None:
+        foreign.require(settings.peer, settings.peer_shape, device)
     torch.manual_seed(settings.seed)
     on_gpu = device.type == "cuda"
     ceilings = Ceilings(copy_bandwidth(device, 2**30 if on_gpu else 2**20), product_rate(device, 8192 if on_gpu else 64))
@@ -193,7 +213,7 @@ def run(output: Path, settings: BenchSettings, device: torch.device | str = "cud
 
 def line_of(row: Row) -> str:
     """A row in one line."""
-    names = [row["part"], row["what"], *(row[name] for name in ("rule", "backend", "kernel", "direction") if name in row)]
+    names = [row["part"], bench_name(row), *(row[name] for name in ("rule", "backend", "kernel", "direction") if name in row)]
     if row.get("compiled"):
         names.append("compiled")
     head = f"{', '.join(names)}, {row.get('tokens', 0):,} tokens:"

@@ -14,6 +14,7 @@ from baselines.gated_deltanet import operator, reference
 from baselines.gated_deltanet.config import GatedDeltaNetConfig
 from baselines.gated_deltanet.model import GatedDeltaNet
 from baselines.gated_deltanet.rule import CHUNK, gated_delta_rule
+from infini import gated_delta
 from infini.errors import InputError
 from infini.testing import assert_equal_to_oracle, assert_witnessed
 
@@ -251,8 +252,8 @@ def machine(monkeypatch):
     """A Hopper with everything installed, and what to change about it."""
 
     def changed(packages=("fla",), triton=(3, 7, 1), capability=(9, 0)):
-        monkeypatch.setattr(operator, "_installed", lambda package: package in packages)
-        monkeypatch.setattr(operator, "_triton_version", lambda: triton)
+        monkeypatch.setattr(gated_delta, "_installed", lambda package: package in packages)
+        monkeypatch.setattr(gated_delta, "_triton_version", lambda: triton)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     changed()
