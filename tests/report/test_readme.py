@@ -71,6 +71,20 @@ def test_the_first_model_is_its_records():
     assert f"{right_of(rows)} up to {max(row['length'] for row in rows):,} in a book" in README
 
 
+def test_what_made_the_difference_is_the_records():
+    (section,) = re.findall(r"### What made the difference\n(.*?)\n### ", README, re.S)
+    folders = re.findall(r"\]\((results/ablation/\S+)/passkey/record.md\)", section)
+    records = {re.search(r"ablation_(\w+)", folder)[1]: read(f"{folder}/record.json") for folder in folders}
+    assert len(records) == 8 and all(record["seeds"]["train"] == 0 for record in records.values())
+    seconds = [record["metrics"]["seconds"] for record in records.values()]
+    assert f"({min(seconds):.0f} to {max(seconds):.0f} seconds on one" in section
+    assert {record["metrics"]["gradient_tokens"] for record in records.values()} == {24576}
+    assert [name for name, record in records.items() if record["metrics"]["text_tokens"] > 24576] == ["long_gap"]
+    assert "(1,035,520):" in section and records["long_gap"]["metrics"]["text_tokens"] == 1035520
+    assert records["no_recall"]["data"]["recall_share_start"] == records["no_recall"]["data"]["recall_share_end"] == 0
+    assert f"does not leave {records['no_recall']['metrics']['answer_loss']:.1f} nats" in section
+
+
 def test_peak_memory_does_not_grow():
     peaks = {row["peak_memory_bytes"] for row in read(f"{FAR}/seed1/peak_memory/record.json")["rows"]}
     assert len(peaks) == 1 and "the same to the byte" in README
