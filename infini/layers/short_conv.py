@@ -42,7 +42,7 @@ class ShortConv(nn.Module):
             earlier = line[:, taps - back : line.shape[1] - back]
             if in_document is not None:
                 earlier = earlier * (in_document >= back).unsqueeze(-1)
-            y = y + weight[back - 1] * earlier
+            y = torch.addcmul(y, earlier, weight[back - 1])
         return y
 
     def before(self, x: Tensor, carried: Tensor | None) -> Tensor:
