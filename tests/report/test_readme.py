@@ -222,6 +222,13 @@ def test_a_million_tokens_are_read_as_fast_as_fewer():
     assert f"read at {rate[2**20]:.1f}M tokens/s" in README and rate[2**20] > 0.98 * rate[131072]
 
 
+def test_lm_eval_is_the_record():
+    rows = [row for row in read("results/lm_eval/record.json")["rows"] if row["metric"] == "exact_match"]
+    told = [f"{round(row['value'] * row['samples'])} of {row['samples']}" for row in rows]
+    assert [row["task"] for row in rows] == ["infini_passkey", "infini_niah_single_1"]
+    assert f"answers {told[0]} passkeys and {told[1]} of `niah_single_1` at 4,096 and 131,072 tokens" in README
+
+
 def test_windows_are_those_of_the_record():
     shape = {"rows": 1, "tokens": 131072, "heads": 8, "groups": 8, "head_dim": 128, "segment_length": None, "window": 2048, "document": 0}
     rows = [row_of(f"{BENCHMARKS}/reach/record.json", kernel="triton", shape=shape, direction=way) for way in ("forward", "forward + backward")]
