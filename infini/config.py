@@ -69,7 +69,7 @@ class InfiniConfig(ModelConfig):
     """Shape and rules of an `InfiniTransformer`; immutable, checked at construction.
 
     The defaults are the published layer in a small model. `InfiniConfig.paper(...)` and `InfiniConfig.long(...)` are the
-    two presets: exactly arXiv:2404.07143, and that of the shipped model.
+    two presets: exactly arXiv:2404.07143, and what was made for long texts; the shipped model is the second with `short_conv` 8.
 
     Raises:
         InputError: a value is out of its range or two values contradict each other.
@@ -172,7 +172,7 @@ class InfiniConfig(ModelConfig):
 
     @classmethod
     def long(cls, **changes: Any) -> Self:
-        """The shipped model's: normalised memory queries and keys, a write gate, local attention across borders."""
+        """For long texts: normalised memory queries and keys, a write gate, local attention across borders."""
         rule = {"update_rule": "linear", "qk_norm": True, "write_gate": True, "local_attention": "sliding"}
         return cls(**rule | changes)
 
