@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -57,7 +58,10 @@ def explain(error: Exception, name: str) -> str:
         return f"the launcher {launcher[1]} is not installed: pip install 'infini-attention[{extra}]', or leave hydra/launcher out"
     options = r"Could not find '(.+?)'\s+Available options in .*?:\s+(.*?)\nConfig search path"
     if option := re.search(options, text, re.DOTALL):
-        return f"there is no {option[1]}: use one of {', '.join(option[2].split())}"
+        # Hydra names those of the outermost group, and no files below it.
+        group = files(MODULE).joinpath(option[1].rpartition("/")[0])
+        names = sorted(file.name.removesuffix(".yaml") for file in group.iterdir() if file.name.endswith(".yaml")) if group.is_dir() else []
+        return f"there is no {option[1]}: use one of {', '.join(names or option[2].split())}"
     if text.startswith("Error merging override"):
         return f"{text.splitlines()[0].split(' ', 3)[3]} is of another form than the value that it replaces"
     if text.startswith("Ambiguous value"):

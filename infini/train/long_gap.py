@@ -17,7 +17,7 @@ Recent keys, values and counters are those of the gap's end.
 A gap of which only the last segments are read is stretched, see :mod:`infini.train.stretch`: so the read-out meets the noise
 of a million tokens for the price of some thousand. Its noise is that of real filler, in M and z together.
 
-So far training learns to read in spite of what filler writes, not to write less of it. Where the last segments of the gap are
+So far training learns to read in spite of what filler writes; what it writes does not learn. Where the last segments of the gap are
 read with gradient (`gradient_segments`), their writes learn too, and each as often as it counts:
 
     M' = M + t (M_after - M),    dM' = dM + t d(M_after).

@@ -6,29 +6,16 @@ import torch
 from infini.bench import reach, reach_tiles
 from infini.bench.memory import Shape
 from infini.bench.reach import Reach
-from infini.bench.trial import Ceilings, measure
 
 pytest.importorskip("triton")
 from infini.kernels.tiles import LOCAL, LocalTiles  # noqa: E402
-
-
-def rows_of(case, device):
-    found, rows = reach.trials(case, device, "local"), []
-    try:
-        one = next(found)
-        while True:
-            rows.append(measure(one, device, Ceilings(1e9, 1e12), 1, 0.001))
-            one = found.send(rows[-1])
-    except StopIteration:
-        return rows
-
 
 PACKED = Reach(2, 40, 2, 1, 16, window=9, document=11)
 
 
 @pytest.mark.parametrize("case", [PACKED, Reach(1, 40, 2, 1, 16, segment_length=16, document=11)], ids=["window", "segment"])
-def test_every_way_is_compared_and_timed(case, kernel_device):
-    rows = rows_of(case, kernel_device)
+def test_every_way_is_compared_and_timed(case, kernel_device, rows_of):
+    rows = rows_of(reach.trials(case, kernel_device, "local"), kernel_device)
     assert [(row["kernel"], row["direction"]) for row in rows] == [
         (way, direction) for direction in ("forward", "forward + backward") for way in reach.WAYS
     ]
@@ -38,7 +25,7 @@ def test_every_way_is_compared_and_timed(case, kernel_device):
 
 
 @pytest.mark.parametrize("part", ["output", "keys"])
-def test_what_does_not_agree_is_not_timed(part, kernel_device, monkeypatch):
+def test_what_does_not_agree_is_not_timed(part, kernel_device, monkeypatch, rows_of):
     """A wrong output, and a right one whose keys get another gradient."""
     honest = reach.attend_by
 
@@ -47,7 +34,7 @@ def test_what_does_not_agree_is_not_timed(part, kernel_device, monkeypatch):
         return out * 1.1 if part == "output" else honest(way, q, 1.1 * k - 0.1 * k.detach(), v, plan)
 
     monkeypatch.setattr(reach, "attend_by", wrong)
-    rows = rows_of(PACKED, kernel_device)
+    rows = rows_of(reach.trials(PACKED, kernel_device, "local"), kernel_device)
     assert len(rows) == 4 and all({"output": "output", "keys": "dk"}[part] in row["failed"] for row in rows)
 
 

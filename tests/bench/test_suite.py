@@ -85,18 +85,11 @@ def test_every_part_is_timed_and_rendered(tmp_path, kernel_device, small, capsys
     assert capsys.readouterr().out.count("tokens/s") == len(rows)
 
 
-def test_packed_rows_are_compared_with_whole_ones(kernel_device):
+def test_packed_rows_are_compared_with_whole_ones(kernel_device, rows_of):
     """The ratio is to the same backend's time for the same tokens without documents."""
     whole, packed = Shape(2, 24, 8, 2, 1, 16), Shape(2, 24, 8, 2, 1, 16, document=7)
     assert 2 < memory._begins(packed).sum() < 24 and memory._begins(packed)[:, 0].all()
-    found, rows = memory.trials(kernel_device, (whole, packed), ("torch", "triton")), []
-    try:
-        one = next(found)
-        while True:
-            rows.append(measure(one, kernel_device, Ceilings(1e9, 1e12), 1, 0.001))
-            one = found.send(rows[-1])
-    except StopIteration:
-        pass
+    rows = rows_of(memory.trials(kernel_device, (whole, packed), ("torch", "triton")), kernel_device)
     assert not [row for row in rows if "failed" in row]
     for of_whole, of_packed in zip(rows[:4], rows[4:], strict=True):
         assert of_packed["against"] == "whole rows"
@@ -177,19 +170,14 @@ def test_a_floor_is_the_longer_of_bytes_and_products():
     assert trial.fastest([{"failed": "no"}, row, {"milliseconds": 1e9}]) is row
 
 
-def test_the_shipped_part(kernel_device, monkeypatch):
+def test_the_shipped_part(kernel_device, rows_of, monkeypatch):
     asked = []
     monkeypatch.setattr(InfiniTransformer, "enable_compile", lambda self: asked.append(self))  # the compiler itself takes a minute
     config = InfiniConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, segment_length=8, initializer_range=0.3
     )
-    part, rows, row = shipped.trials(kernel_device, InfiniTransformer(config, "eager").to(kernel_device), (1, 16), True), [], None
-    try:
-        while True:
-            row = measure(next(part) if row is None else part.send(row), kernel_device, Ceilings(1, 1), 1, 0.001)
-            rows.append(row)
-    except StopIteration:
-        pass
+    model = InfiniTransformer(config, "eager").to(kernel_device)
+    rows = rows_of(shipped.trials(kernel_device, model, (1, 16), True), kernel_device)
     ways = [("torch", False), ("triton", False), ("triton", True)]
     found = [(row["what"], row["backend"], row.get("compiled", False)) for row in rows]
     assert found == [(what, *way) for what in ("training step", "reading") for way in ways] and len(asked) == 2

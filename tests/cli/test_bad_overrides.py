@@ -15,6 +15,7 @@ COMPOSED = [
     ("passkey", ["grid=laptop", "depths=[0.5]"], "depths=[0.5] is of another form than the value that it replaces"),
     ("train", ["output=x", "train.stepz=3"], "nothing reads train.stepz; did you mean train.steps?"),
     ("train", [], "output is missing: give output=..."),
+    ("train", ["output=x", "experiment=ablation/galaxy"], "there is no experiment/ablation/galaxy: use one of delta, deltanet,"),
     ("train", ["output=x", "model=galaxy"], "there is no model/galaxy: use one of full, full_row,"),
 ]
 BUILT = [
