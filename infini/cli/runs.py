@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -116,6 +117,7 @@ def work_through(work: Sequence[tuple[Path, Path]], do: Callable[[Path, Path], N
 
     Raises:
         InputError: what failed, when all others are done.
+        OSError: the disk is full; nothing more is done.
     """
     failed = []
     for run, folder in work:
@@ -126,6 +128,8 @@ def work_through(work: Sequence[tuple[Path, Path]], do: Callable[[Path, Path], N
             try:
                 do(run, folder)
             except Exception as error:  # of one model: the others come first
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise  # what is measured of the others could not be kept either
                 logger.error("%s failed: %s", run, error, exc_info=None if isinstance(error, InputError) else error)
                 failed.append(f"\n  {run}: {error}")
     if failed:
