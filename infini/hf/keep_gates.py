@@ -18,7 +18,8 @@ class KeepGates(TrainerCallback, ExportableState):
     A `Trainer` saves of a PEFT model the adapter alone, and would go on with the gates of the base. This writes `gates.safetensors`
     (`save_gates`) into each checkpoint's folder and notes its checksum in the trainer's state. `train(resume_from_checkpoint=...)` and
     `load_best_model_at_end` load it. A callback is not told which folder is gone on from: it is looked for in `output_dir`, and the
-    checksum must be right. Gates of a checkpoint that lies elsewhere can be put back first with `load_gates`.
+    checksum must be right. Gates of a checkpoint that lies elsewhere can be put back first with `load_gates`. In a
+    `hyperparameter_search` each trial's checkpoints have its own gates.
 
     Raises:
         InputError: at the beginning of training, the gates that belong to the checkpoint are not found.
@@ -64,7 +65,8 @@ class KeepGates(TrainerCallback, ExportableState):
     def on_save(self, args, state, control, model=None, **others) -> None:
         """Writes the gates beside the adapter."""
         if state.is_world_process_zero:
-            save_gates(model, _folder(args, state))
+            for folder in [_folder(args, state)] if state.trial_params is None else _of_trial(args, state, _checksum(model)):
+                save_gates(model, folder)
 
     def on_train_end(self, args, state, control, model=None, **others) -> None:
         """Loads the gates of the best adapter after the `Trainer` has loaded that."""
@@ -74,6 +76,12 @@ class KeepGates(TrainerCallback, ExportableState):
 
 def _folder(args, state) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _of_trial(args, state, checksum: str) -> list[Path]:
+    """Each trial has a folder of its own, which no callback is told; what the `Trainer` has just noted there names the gates."""
+    notes = Path(args.output_dir).rglob(f"checkpoint-{state.global_step}/trainer_state.json")
+    return [note.parent for note in notes if checksum in note.read_text()]
 
 
 def _checksum(model: nn.Module) -> str:

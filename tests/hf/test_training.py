@@ -1,13 +1,19 @@
 """Trainer and PEFT, with the gates of the memory learning too."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
+from transformers.trainer_utils import HPSearchBackend
 
 import infini
 from infini.errors import InputError
 from infini.hf import InfiniForCausalLM, InfiniHFConfig, KeepGates, load_gates, save_gates, train_gates
+from infini.hf.adapters import gates_of
 from tests.hf.conftest import LONG, SHAPE
 
 FUTURE = "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # PEFT asks for it
@@ -19,12 +25,17 @@ def rows():
     return [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for _ in range(8)]
 
 
-def fit(model, rows, folder, callbacks=(), **changes):
+def trainer_of(model, rows, folder, callbacks=(), **changes):
     asked = dict(per_device_train_batch_size=4, max_steps=8, learning_rate=1e-2, report_to="none", disable_tqdm=True)
     asked |= dict(logging_strategy="no", save_strategy="no", use_cpu=True, dataloader_pin_memory=False, seed=0)
     arguments = TrainingArguments(output_dir=str(folder), **asked | changes)
     data = dict(train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator)
-    trainer = Trainer(model, arguments, **data, callbacks=list(callbacks))
+    what = {"model": model} if isinstance(model, torch.nn.Module) else {"model_init": model}
+    return Trainer(**what, args=arguments, **data, callbacks=list(callbacks))
+
+
+def fit(model, rows, folder, callbacks=(), **changes):
+    trainer = trainer_of(model, rows, folder, callbacks, **changes)
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=changes.get("resume_from_checkpoint"))
     return trainer, before, trainer.evaluate()["eval_loss"]
@@ -174,6 +185,47 @@ def test_gates_of_another_checkpoint_are_not_gone_on_with(adapted, rows, tmp_pat
     plain = asked | {"resume_from_checkpoint": str(tmp_path / "plain/checkpoint-4")}
     with pytest.raises(InputError, match="the checkpoint of step 4 was saved without KeepGates, and does not say which gates"):
         fit(adapted(), rows, tmp_path / "plain", callbacks=[KeepGates()], **plain)
+
+
+class Search:
+    """A search through two learning rates, as optuna's: trials are objects with a number and values."""
+
+    def ensure_available(self):
+        pass
+
+    def run(self, trainer, n_trials, direction):
+        found = []
+        for number, rate in enumerate((1e-2, 5e-2)):
+            trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": rate}))
+            found.append({name: gate.clone() for name, gate in gates_of(trainer.model).items()})
+            trainer.model_wrapped = trainer.model = None
+        return found
+
+
+class Seen(TrainerCallback):
+    """The gates at each save."""
+
+    def __init__(self):
+        self.gates = []
+
+    def on_save(self, args, state, control, model=None, **others):
+        self.gates.append({name: gate.detach().clone() for name, gate in gates_of(model).items()})
+
+
+@pytest.mark.filterwarnings(FUTURE)
+def test_each_trial_of_a_search_keeps_its_own_gates(adapted, rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Search)
+    monkeypatch.setitem(sys.modules, "optuna", ModuleType("optuna"))
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    best = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss")
+    asked = KEPT | best | dict(save_steps=2, max_steps=4, greater_is_better=True)  # the first, because the loss falls
+    seen = Seen()
+    trainer = trainer_of(adapted, rows, tmp_path, callbacks=[KeepGates(), seen], **asked)
+    ended = trainer.hyperparameter_search(lambda trial: trial.params, n_trials=2, backend="optuna")
+    kept = [load_file(tmp_path / f"run-{trial}/checkpoint-{step}/gates.safetensors") for trial in (0, 1) for step in (2, 4)]
+    for found, expected in zip([*kept, *ended], [*seen.gates, seen.gates[0], seen.gates[2]], strict=True):
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], gate) for name, gate in expected.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-0", "run-1"]
 
 
 def test_gates_that_do_not_fit_are_refused(make, tmp_path):
