@@ -12,13 +12,11 @@ from dataclasses import asdict, replace
 
 import torch
 
+from infini.bench.clock import LEAD
 from infini.bench.memory import Shape
 from infini.bench.pieces import Case, Piece
 from infini.bench.trial import Trial, Trials
 from infini.kernels.tiles import Tiles
-
-# Cycles that a GPU waits: a millisecond, in which the host launches a kernel and the sums behind it.
-LEAD = 2_000_000
 
 # Short segments, and the widest heads.
 SHAPES = (Shape(20, 4096, 256, 4, 4, 128), Shape(1, 65536, 1024, 4, 2, 256))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from infini.bench.clock import LEAD
 from infini.bench.trial import Row, Trial, Trials, fastest
 from infini.bench.work import attention
 from infini.causal import KERNELS, attend, why_not
@@ -63,7 +64,7 @@ def trials_of(
                 return lambda: torch.autograd.grad(attend(kernel, *inputs, stretch.window), inputs, along)
 
             facts = {"part": part, "what": "attention alone", "kernel": kernel, "direction": direction(gradient), "shape": asdict(stretch)}
-            rows.append((yield Trial(facts, prepare, stretch.rows * stretch.tokens, stretch.work(gradient))))
+            rows.append((yield Trial(facts, prepare, stretch.rows * stretch.tokens, stretch.work(gradient), lead=LEAD)))
     return rows
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+# Cycles that a GPU waits before a call of kernels: some four milliseconds, in which the host launches them all, gradient included.
+LEAD = 8_000_000
+
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 20, warm_up: int = 3) -> float:
     """The median time of `repeats` calls: by CUDA events on a GPU, by the wall clock elsewhere.

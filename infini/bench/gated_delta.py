@@ -8,6 +8,7 @@ from torch import Tensor
 
 from infini.bench.agree import assert_agree
 from infini.bench.attend import direction
+from infini.bench.clock import LEAD
 from infini.bench.trial import Trial
 from infini.bench.work import HALF, Work
 from infini.errors import InputError
@@ -39,7 +40,7 @@ def trial(device: torch.device, tokens: int, heads: int, head_dim: int, gradient
 
     facts = {"part": "peers", "what": "gated delta rule", "backend": "fla", "direction": direction(gradient)}
     facts["shape"] = {"rows": 1, "tokens": tokens, "heads": heads, "groups": heads, "head_dim": head_dim}
-    return Trial(facts, prepare, tokens, work(tokens, heads, head_dim, gradient), against)
+    return Trial(facts, prepare, tokens, work(tokens, heads, head_dim, gradient), against, lead=LEAD)
 
 
 def work(tokens: int, heads: int, head_dim: int, gradient: bool) -> Work:

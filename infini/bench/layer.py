@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from infini.bench.attend import Stretch, assert_attends, best_kernel, direction, trials_of
+from infini.bench.clock import LEAD
 from infini.bench.memory import MemoryCase, Shape, memory_trial
 from infini.bench.trial import Trial, Trials
 from infini.bench.work import attention
@@ -113,4 +114,4 @@ def whole_trial(
     near = attention(tokens, shape.segment_length, shape.heads, shape.groups, shape.head_dim, gradient)
     far = memory_work(tokens, shape.heads, shape.groups, shape.head_dim, case.layer.config.update_rule, gradient)
     # In one kernel the local output would stay inside, and q, k, v be read once.
-    return Trial(facts, prepare, tokens, type(near)(near.bytes, near.flop + far.flop), against)
+    return Trial(facts, prepare, tokens, type(near)(near.bytes, near.flop + far.flop), against, lead=LEAD)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from infini.attention import InfiniAttention
 from infini.bench.attend import direction
+from infini.bench.clock import LEAD
 from infini.bench.trial import Trial, Trials
 from infini.bench.work import memory_part as work_of
 from infini.config import InfiniConfig
@@ -198,4 +199,4 @@ def memory_trial(part: str, case: MemoryCase, backend: str, gradient: bool, agai
     work = work_of(
         shape.rows * shape.tokens, shape.heads, shape.groups, shape.head_dim, case.layer.config.update_rule, gradient
     )
-    return Trial(facts | {"shape": asdict(shape)}, prepare, shape.rows * shape.tokens, work, against)
+    return Trial(facts | {"shape": asdict(shape)}, prepare, shape.rows * shape.tokens, work, against, lead=LEAD)

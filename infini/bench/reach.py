@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from infini.bench.attend import COMPARED, direction
+from infini.bench.attend import COMPARED, Stretch, direction
+from infini.bench.clock import LEAD
 from infini.bench.memory import Shape
 from infini.bench.trial import Trial, Trials
 from infini.bench.work import Work, attention
@@ -19,16 +20,9 @@ WAYS = ("bands", "triton")
 
 
 @dataclass(frozen=True)
-class Reach:
+class Reach(Stretch):
     """`rows` texts of `tokens` tokens, or documents of `document` tokens on average packed into them, in segments or in a window."""
 
-    rows: int
-    tokens: int
-    heads: int
-    groups: int
-    head_dim: int
-    segment_length: int | None = None
-    window: int | None = None
     document: int = 0
 
     @classmethod
@@ -51,14 +45,14 @@ class Reach:
         )  # fmt: skip
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v in bf16."""
+        """Random q, k, v in bf16; segments, which may begin anywhere, stay in their rows."""
         few, many = (self.rows, self.tokens, self.groups, self.head_dim), (self.rows, self.tokens, self.heads, self.head_dim)
         return tuple(torch.randn(size, device=device, dtype=torch.bfloat16) for size in (many, few, few))
 
-    def work(self, plan: SegmentPlan, gradient: bool) -> Work:
+    def work(self, gradient: bool) -> Work:
         """Bytes as of any attention; FLOP of the pairs that see each other."""
         size = (self.rows * self.tokens, 1, self.heads, self.groups, self.head_dim)
-        seen = (torch.arange(self.tokens, device=plan.device) + 1 - plan.earliest).expand(self.rows, -1)
+        seen = (torch.arange(self.tokens) + 1 - self.plan(torch.device("cpu")).earliest).expand(self.rows, -1)
         return Work(attention(*size, gradient).bytes, (3 if gradient else 1) * 4 * int(seen.sum()) * self.heads * self.head_dim)
 
 
@@ -86,7 +80,7 @@ def trials(reach: Reach, device: torch.device, part: str) -> Trials:
                 return lambda: torch.autograd.grad(attend_by(way, *inputs, plan), inputs, along)
 
             facts = {"part": part, "what": "attention within reach", "kernel": way, "direction": direction(gradient), "shape": asdict(reach)}
-            row = yield Trial(facts, prepare, reach.rows * reach.tokens, reach.work(plan, gradient), bands)
+            row = yield Trial(facts, prepare, reach.rows * reach.tokens, reach.work(gradient), bands, lead=LEAD)
             if way == "bands" and "milliseconds" in row:
                 bands = (way, row["milliseconds"])
 

@@ -7,7 +7,6 @@ kernel. Printed are entries for `infini.kernels.tiles.LOCAL_ON_HOPPER`.
 import functools
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,13 +18,11 @@ from torch import Tensor
 from infini.bench.alone import LEAD
 from infini.bench.clock import cold_milliseconds
 from infini.bench.reach import Reach
+from infini.bench.tiles import ROWS_OF_WARP, program
 from infini.errors import InputError
 from infini.kernels.tiles import LOCAL, LocalTiles
 from infini.local import local_attention
 from infini.testing import assert_witnessed
-
-# As of `infini.bench.tiles`.
-ROWS_OF_WARP = 16
 
 CASES = {
     "shipped": Reach(20, 4096, 4, 4, 128, window=256),
@@ -130,8 +127,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    program(main)

@@ -51,8 +51,8 @@ def candidates(kernel: str, wide: int) -> Iterator[Tiles]:
     ):
         rows = block if turned or sums else tokens
         one_block = block == wide
-        if rows < ROWS_OF_WARP * warps and wide >= 64:
-            continue  # no full instruction
+        if rows < ROWS_OF_WARP * 4 and wide >= 64:
+            continue  # no full instruction; of eight warps four may take half of the columns
         if tokens * wide > 2**13 * (warps // 4) and not (kernel == "outer" and tokens * wide <= 2**14):
             continue  # a tile in fp32 is more than 64 registers of a thread
         if fused and not one_block or ahead and stage == 1 or (sums or wide <= 128) and tokens < 32:
@@ -189,9 +189,14 @@ def main(arguments: list[str]) -> None:
             print(line_of(one, f"{found['gpu']}, tiles.json, {label}"))
 
 
-if __name__ == "__main__":
+def program(main: Callable[[list[str]], None]) -> None:
+    """Calls `main` with the process's arguments; what cannot be used is said in one sentence, with exit code 2."""
     try:
         main(sys.argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    program(main)

@@ -78,6 +78,8 @@ def measure(trial: Trial, device: torch.device, ceilings: Ceilings, repeats: int
     except Exception as error:  # a kernel or compiler that fails: the other rows are still worth having
         return trial.facts | facts | {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"}
     row = trial.facts | facts | {"milliseconds": took, "calls": calls, "tokens_per_second": 1000 * trial.tokens / took}
+    if on_gpu and trial.lead:
+        row["launched_ahead"] = True
     if trial.work is not None:
         floor = ceilings.floor(trial.work)
         row |= {"bytes": trial.work.bytes, "flop": trial.work.flop, "floor_milliseconds": floor, "floor_ratio": took / floor}

@@ -14,7 +14,9 @@ from infini.kernels.outer import added_up, pieces_of, sum_outer
 from infini.kernels.parts import (
     add_rows,
     as_bytes,
+    at,
     features,
+    filled,
     last_axis_contiguous,
     load_matrix,
     load_scale,
@@ -22,9 +24,12 @@ from infini.kernels.parts import (
     looked_up,
     normalized,
     product,
+    reciprocal,
     rounded,
     store_tile,
     tokens_of,
+    true_below,
+    whole,
 )
 from infini.kernels.scan import affine_scan, scan
 from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
@@ -53,43 +58,43 @@ def gram_kernel(
     k, strength, scale, bias, normalizers, has_memory, bounds, grams,
     k_batch, k_token, k_head, length, offset, segments, slots, pieces, segment_length, groups, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
+    AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+    WHOLE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a piece of one segment, one memory, BV columns of G."""
     program, wide_block = tl.program_id(0), tl.program_id(1)
     group, piece, segment = program % groups, program // groups % pieces, program // groups // pieces % segments
     b = (program // groups // pieces // segments).to(tl.int64)
-    columns, wide = tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
-    inside, inside_wide = columns < D, wide < D
+    rows, columns, wide = tl.arange(0, BT), tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
+    inside, inside_wide = true_below(columns, D, D == BD), true_below(wide, D, D == BD)
     first, last = tokens_of(
         segment, piece, segment_length, segment_length // pieces, offset, length, bounds, b * segments + segment, RAGGED
     )
-    z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=inside, other=0.0)
     has = load_has(has_memory, b * slots + segment, MASKED)
+    readable = filled(inside, has_memory, b * slots + segment, MASKED)
+    z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=readable, other=0.0)
     key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
     wide_scale, wide_bias = load_scale(scale, bias, group, wide, inside_wide, D, NORM)
     gram = tl.zeros([BD, BV], tl.float32)
     for start in tl.range(first, last, BT, num_stages=AHEAD):
-        tokens = start + tl.arange(0, BT)
-        valid = tokens < last
-        keys = k + b * k_batch + group * k_head
-        x = load_tile(keys, k_token, tokens, columns, valid, inside)
+        valid = true_below(rows, last - start, WHOLE)
+        keys = at(k, b, k_batch, start, k_token, group, k_head)
+        x = load_tile(keys, k_token, rows, columns, valid, inside)
         normal, inverse = normalized(x, eps, D, NORM)
-        sigma = features(normal, key_scale, key_bias, valid, NORM)
-        w = load_strength(strength, (b * length + tokens) * groups + group, valid, BT, WEIGHTED)
-        denominator = tl.maximum(tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1), floor)
-        a = tl.where(has > 0, w / denominator, 0.0)
+        sigma, _ = features(normal, key_scale, key_bias, valid, NORM)
+        w = load_strength(strength, (b * length + start + rows) * groups + group, valid, BT, WEIGHTED)
+        a = has * w * reciprocal(tl.maximum(tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1), floor))
         if BV < BD:
-            wide_normal = load_tile(keys, k_token, tokens, wide, valid, inside_wide)
+            wide_normal = load_tile(keys, k_token, rows, wide, valid, inside_wide)
             if NORM:
                 wide_normal = wide_normal.to(tl.float32) * inverse[:, None]
-            wide_sigma = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
+            wide_sigma, _ = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
             gram = product(tl.trans(a[:, None] * sigma), wide_sigma, gram, EXACT)
         else:
             gram = product(tl.trans(a[:, None] * sigma), sigma, gram, EXACT)
     memory = ((b * segments + segment) * pieces + piece) * groups + group
-    at = grams + memory * D * D + columns[:, None] * D + wide[None, :]
-    tl.store(at, gram, mask=inside[:, None] & inside_wide[None, :])
+    place = grams + memory * D * D + columns[:, None] * D + wide[None, :]
+    tl.store(place, gram, mask=inside[:, None] & inside_wide[None, :])
 
 
 def gram_sums(
@@ -119,7 +124,8 @@ def gram_sums(
             k if has_memory is None else has_memory, k if bounds is None else bounds, grams,
             *k.stride()[:3], length, offset, written, normalizers.shape[1], pieces, segment_length, groups, eps, floor,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, AHEAD=tiles.loop_stages, NORM=norm, WEIGHTED=strength is not None,
-            MASKED=has_memory is not None, RAGGED=bounds is not None, EXACT=exact, **tiles.options,
+            MASKED=has_memory is not None, RAGGED=bounds is not None,
+            WHOLE=whole(length, offset, written, segment_length, segment_length // pieces, tiles, bounds), EXACT=exact, **tiles.options,
         )  # fmt: skip
     return grams if pieces == 1 else added_up(grams, pieces, written)
 
@@ -186,7 +192,8 @@ def gram_backward_kernel(
     length, offset, segments, slots, parts, segment_length, groups, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr, AHEAD: tl.constexpr, TURNED: tl.constexpr,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr,
+    WHOLE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment of one memory.
 
@@ -196,28 +203,28 @@ def gram_backward_kernel(
     program = tl.program_id(0)
     group, part, segment = program % groups, program // groups % parts, program // groups // parts % segments
     b = (program // groups // parts // segments).to(tl.int64)
-    columns = tl.arange(0, BD)
-    inside = columns < D
+    rows, columns = tl.arange(0, BT), tl.arange(0, BD)
+    inside = true_below(columns, D, D == BD)
     first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
-    z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=inside, other=0.0)
     has = load_has(has_memory, b * slots + segment, MASKED)
+    readable = filled(inside, has_memory, b * slots + segment, MASKED)
+    z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=readable, other=0.0)
     memory = (b * segments + segment) * groups + group
     key_scale, key_bias = load_scale(scale, bias, group, columns, inside, D, NORM)
     z_sum = tl.zeros([ROWS, BD], tl.float32)
     if BV == BD:
-        high, low = load_matrix(d_matrices + memory * D * D, columns, columns, inside, inside, D, EXACT)
+        high, low = load_matrix(d_matrices + memory * D * D, columns, columns, readable, inside, D, EXACT)
     for start in tl.range(first, last, BT, num_stages=AHEAD):
-        tokens = start + tl.arange(0, BT)
-        valid = tokens < last
-        keys = k + b * k_batch + group * k_head
-        x = load_tile(keys, k_token, tokens, columns, valid, inside)
+        valid = true_below(rows, last - start, WHOLE)
+        keys = at(k, b, k_batch, start, k_token, group, k_head)
+        x = load_tile(keys, k_token, rows, columns, valid, inside)
         normal, inverse = normalized(x, eps, D, NORM)
-        sigma = features(normal, key_scale, key_bias, valid, NORM)
-        place = (b * length + tokens) * groups + group
+        sigma, _ = features(normal, key_scale, key_bias, valid, NORM)
+        place = (b * length + start + rows) * groups + group
         w = load_strength(strength, place, valid, BT, WEIGHTED)
         denominator = tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1)
         held = denominator >= floor
-        denominator = tl.maximum(denominator, floor)
+        inverse_d = has * reciprocal(tl.maximum(denominator, floor))
         if BV == BD:
             e = looked_up(sigma, high, low, BT, BD, TURNED, EXACT)
         else:
@@ -226,22 +233,21 @@ def gram_backward_kernel(
                 wide = block * BV + tl.arange(0, BV)
                 inside_wide = wide < D
                 wide_scale, wide_bias = load_scale(scale, bias, group, wide, inside_wide, D, NORM)
-                high, low = load_matrix(d_matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
-                wide_normal = load_tile(keys, k_token, tokens, wide, valid, inside_wide)
+                high, low = load_matrix(d_matrices + memory * D * D, columns, wide, readable, inside_wide, D, EXACT)
+                wide_normal = load_tile(keys, k_token, rows, wide, valid, inside_wide)
                 if NORM:
                     wide_normal = wide_normal.to(tl.float32) * inverse[:, None]
                 # H is symmetric: these rows of it are those columns.
-                wide_sigma = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
+                wide_sigma, _ = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
                 e += looked_up(wide_sigma, tl.trans(high), tl.trans(low), BT, BD, TURNED, EXACT)
-        readable = has > 0
-        da = tl.where(readable, 0.5 * tl.sum(sigma * e, axis=1) / denominator, 0.0)
-        a = tl.where(readable, w / denominator, 0.0)
-        c = tl.where(held, -w * da / denominator, 0.0)
+        da = 0.5 * tl.sum(sigma * e, axis=1) * inverse_d
+        a = w * inverse_d
+        c = tl.where(held, -a * da, 0.0)
         if WEIGHTED:
             tl.store(d_strength + place, da, mask=valid)
-        d_sigma = a[:, None] * e + tl.where(readable, c[:, None] * z[None, :], 0.0)
-        store_tile(dk + b * dk_batch + group * dk_head, dk_token, tokens, columns, valid, inside, d_sigma)
-        z_sum = add_rows(z_sum, tl.where(readable, c[:, None] * sigma, 0.0), BT, ROWS, BD)
+        d_sigma = a[:, None] * e + c[:, None] * z[None, :]
+        store_tile(at(dk, b, dk_batch, start, dk_token, group, dk_head), dk_token, rows, columns, valid, inside, d_sigma)
+        z_sum = add_rows(z_sum, c[:, None] * sigma, BT, ROWS, BD)
     tl.store(d_normalizers + program.to(tl.int64) * D + columns, tl.sum(z_sum, axis=0), mask=inside)
 
 
@@ -263,7 +269,8 @@ def backward_of_grams(
             *k.stride()[:3], *dk.stride()[:3], length, offset, written, z_before.shape[1], parts, segment_length, groups, eps, floor,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
             TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, MASKED=has_memory is not None,
-            RAGGED=bounds is not None, EXACT=exact, **tiles.options,
+            RAGGED=bounds is not None, WHOLE=whole(length, offset, written, segment_length, part, tiles, bounds),
+            EXACT=exact, **tiles.options,
         )  # fmt: skip
     return z_sums
 

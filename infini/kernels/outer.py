@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini.kernels.parts import add_rows, features, load_scale, load_tile, normalized, product, rounded, tokens_of
+from infini.kernels.parts import add_rows, at, features, load_scale, load_tile, normalized, product, rounded, tokens_of, true_below, whole
 from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
 
 # Two for each processor of the largest GPUs; pieces of a segment of fewer tokens would write more sums than they read tokens.
@@ -22,7 +22,8 @@ def outer_kernel(
     x_batch, x_token, x_head, y_batch, y_token, y_head,
     length, offset, segments, slots, pieces, segment_length, groups, eps,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, SHARED_BY: tl.constexpr,
-    ROWS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTS: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr, WEIGHTS: tl.constexpr, RAGGED: tl.constexpr,
+    WHOLE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a piece of one segment, one memory, BV columns. WEIGHTS: 0 none, 1 a = c, 2 both.
 
@@ -31,8 +32,8 @@ def outer_kernel(
     program, wide_block = tl.program_id(0), tl.program_id(1)
     group, piece, segment = program % groups, program // groups % pieces, program // groups // pieces % segments
     b = (program // groups // pieces // segments).to(tl.int64)
-    columns, wide = tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
-    inside, inside_wide = columns < D, wide < D
+    rows, columns, wide = tl.arange(0, BT), tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
+    inside, inside_wide = true_below(columns, D, D == BD), true_below(wide, D, D == BD)
     first, last = tokens_of(
         segment, piece, segment_length, segment_length // pieces, offset, length, bounds, b * segments + segment, RAGGED
     )
@@ -41,13 +42,12 @@ def outer_kernel(
         head = group * SHARED_BY + member
         head_scale, head_bias = load_scale(scale, bias, head, columns, inside, D, NORM)
         for start in tl.range(first, last, BT, num_stages=AHEAD):
-            tokens = start + tl.arange(0, BT)
-            valid = tokens < last
-            x_tile = load_tile(x + b * x_batch + head * x_head, x_token, tokens, columns, valid, inside)
-            y_tile = load_tile(y + b * y_batch + head * y_head, y_token, tokens, wide, valid, inside_wide)
+            valid = true_below(rows, last - start, WHOLE)
+            x_tile = load_tile(at(x, b, x_batch, start, x_token, head, x_head), x_token, rows, columns, valid, inside)
+            y_tile = load_tile(at(y, b, y_batch, start, y_token, head, y_head), y_token, rows, wide, valid, inside_wide)
             normal, inverse = normalized(x_tile, eps, D, NORM)
-            f = features(normal, head_scale, head_bias, valid, NORM)
-            place = (b * length + tokens) * (groups * SHARED_BY) + head
+            f, _ = features(normal, head_scale, head_bias, valid, NORM)
+            place = (b * length + start + rows) * (groups * SHARED_BY) + head
             if WEIGHTS > 0:
                 weighted = f * tl.load(weights + place, mask=valid, other=0.0)[:, None]
             else:
@@ -60,8 +60,8 @@ def outer_kernel(
             normalizer = add_rows(normalizer, z_weighted, BT, ROWS, BD)
             matrix = product(tl.trans(y_tile), weighted, matrix, EXACT)
     memory = (b * slots + segment * pieces + piece) * groups + group
-    at = matrices + memory * D * D + columns[None, :] * D + wide[:, None]
-    tl.store(at, matrix, mask=inside[None, :] & inside_wide[:, None])
+    place = matrices + memory * D * D + columns[None, :] * D + wide[:, None]
+    tl.store(place, matrix, mask=inside[None, :] & inside_wide[:, None])
     if wide_block == 0:
         tl.store(normalizers + memory * D + columns, tl.sum(normalizer, axis=0), mask=inside)
 
@@ -108,7 +108,8 @@ def sum_outer(
             *x.stride()[:3], *y.stride()[:3],
             length, offset, segments, sums, pieces, segment_length, groups, eps,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, SHARED_BY=heads // groups, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
-            NORM=norm, WEIGHTS=(weights is not None) + (z_weights is not None), RAGGED=bounds is not None, EXACT=exact, **tiles.options,
+            NORM=norm, WEIGHTS=(weights is not None) + (z_weights is not None), RAGGED=bounds is not None,
+            WHOLE=whole(length, offset, segments, segment_length, piece_length, tiles, bounds), EXACT=exact, **tiles.options,
         )  # fmt: skip
     if pieces > 1:
         matrices, normalizers = added_up(matrices, pieces, slots), added_up(normalizers, pieces, slots)

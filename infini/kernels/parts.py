@@ -5,8 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infini.kernels.tiles import Tiles
+
 # Triton's interpreter has no bf16 products: there the operands are rounded to bf16 and multiplied in fp32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -25,13 +29,33 @@ def rounded(x, EXACT: tl.constexpr):
     """x in fp32 as `product` sees it."""
     if EXACT:
         return x
-    return x.to(tl.bfloat16).to(tl.float32)
+    if INTERPRETED:
+        return x.to(tl.bfloat16).to(tl.float32)
+    # Two numbers by one conversion: compiled from the line above it would be one for each, by the unit that has exponentials to do.
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000;}",
+        "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
 def add_rows(sums, x, BT: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr):
     """sums + x `[BT, BD]` folded to ROWS rows: one thread's own numbers are added, no others; `tl.sum` at the end does the rest."""
     return sums + tl.sum(tl.reshape(x, [BT // ROWS, ROWS, BD]), axis=0)
+
+
+@triton.jit
+def true_below(numbers, end, ALL: tl.constexpr):
+    """Which of the numbers are below `end`. ALL: it is known that all are; the compiler sees it and masks nothing."""
+    if ALL:
+        return numbers == numbers
+    return numbers < end
+
+
+@triton.jit
+def at(pointer, b, stride_batch, token, stride_token, head, stride_head):
+    """Where a token's head begins."""
+    return pointer + b * stride_batch + tl.full([], token, tl.int64) * stride_token + head * stride_head
 
 
 @triton.jit
@@ -46,6 +70,14 @@ def store_tile(pointer, stride_token, tokens, columns, valid, inside, x):
     """The inverse of `load_tile`, in the dtype of the pointer."""
     at = pointer + tokens.to(tl.int64)[:, None] * stride_token + columns[None, :]
     tl.store(at, x.to(pointer.dtype.element_ty), mask=valid[:, None] & inside[None, :])
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for normal x, without the branches of a division that is right in its last bit."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -71,15 +103,15 @@ def normalized(x, eps, D: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def features(normal, scale, bias, valid, NORM: tl.constexpr):
-    """sigma(x) = ELU(x) + 1, and 0 for what is no token; its derivative is min(sigma(x), 1).
+    """sigma(x) = ELU(x) + 1 and its derivative, exp(min(x, 0)); both 0 for what is no token.
 
     Columns that pad a head have feature 1; memories are 0 there, and nothing of them is stored.
     """
     x = normal
     if NORM:
         x = normal * scale[None, :] + bias[None, :]
-    f = tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)
-    return tl.where(valid[:, None], f, 0.0)
+    slope = tl.exp2(tl.minimum(x * LOG2_E, 0.0))
+    return tl.where(valid[:, None], slope + tl.maximum(x, 0.0), 0.0), tl.where(valid[:, None], slope, 0.0)
 
 
 @triton.jit
@@ -89,6 +121,14 @@ def through_norm(gradient, normal, inverse, scale, D: tl.constexpr, NORM: tl.con
         gradient = gradient * scale[None, :]
         gradient = inverse[:, None] * (gradient - normal * (tl.sum(gradient * normal, axis=1) / D)[:, None])
     return gradient
+
+
+@triton.jit
+def filled(inside, has_memory, place, MASKED: tl.constexpr):
+    """The columns of a memory to load: none where nothing was written, because what lies there need not be finite."""
+    if MASKED:
+        inside = inside & (tl.load(has_memory + place) > 0)
+    return inside
 
 
 @triton.jit
@@ -162,3 +202,9 @@ def last_axis_contiguous(x: Tensor) -> Tensor:
 def as_bytes(mask: Tensor | None) -> Tensor | None:
     """A mask as kernels load it."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def whole(length: int, offset: int, segments: int, segment_length: int, part: int, tiles: Tiles, bounds: Tensor | None) -> bool:
+    """Whether all tiles of all parts are full of tokens, so that a kernel need not ask which tokens there are."""
+    cut = segment_length % part or part % tiles.BT
+    return bounds is None and offset == 0 and length >= segments * segment_length and not cut

@@ -14,7 +14,9 @@ from infini.kernels.outer import added_up, sum_outer
 from infini.kernels.parts import (
     add_rows,
     as_bytes,
+    at,
     features,
+    filled,
     last_axis_contiguous,
     load_matrix,
     load_scale,
@@ -22,10 +24,13 @@ from infini.kernels.parts import (
     looked_up,
     normalized,
     product,
+    reciprocal,
     rounded,
     store_tile,
     through_norm,
     tokens_of,
+    true_below,
+    whole,
 )
 from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
 
@@ -48,33 +53,30 @@ def read_kernel(
     length, offset, segments, parts, segment_length, heads, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, SHARED_BY: tl.constexpr,
     AHEAD: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr,
-    RAGGED: tl.constexpr, EXACT: tl.constexpr,
+    RAGGED: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment, one query head, BV columns."""
     program, wide_block = tl.program_id(0), tl.program_id(1)
     head, part, segment = program % heads, program // heads % parts, program // heads // parts % segments
     b = (program // heads // parts // segments).to(tl.int64)
     columns, wide = tl.arange(0, BD), wide_block * BV + tl.arange(0, BV)
-    inside, inside_wide = columns < D, wide < D
+    rows, inside, inside_wide = tl.arange(0, BT), true_below(columns, D, D == BD), true_below(wide, D, D == BD)
     first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     memory = (b * segments + segment) * (heads // SHARED_BY) + head // SHARED_BY
-    high, low = load_matrix(matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
-    z = tl.load(normalizers + memory * D + columns, mask=inside, other=0.0)
     weight, share, local_share, asked = shares(beta, has_memory, head, b * segments + segment, MASKED, MIX_EMPTY)
+    readable = filled(inside, has_memory, b * segments + segment, MASKED)
+    high, low = load_matrix(matrices + memory * D * D, columns, wide, readable, inside_wide, D, EXACT)
+    z = tl.load(normalizers + memory * D + columns, mask=readable, other=0.0)
     query_scale, query_bias = load_scale(scale, bias, head, columns, inside, D, NORM)
     for start in tl.range(first, last, BT, num_stages=AHEAD):
-        tokens = start + tl.arange(0, BT)
-        valid = tokens < last
-        x = load_tile(q + b * q_batch + head * q_head, q_token, tokens, columns, valid, inside)
-        near = load_tile(local + b * local_batch + head * local_head, local_token, tokens, wide, valid, inside_wide)
+        valid = true_below(rows, last - start, WHOLE)
+        x = load_tile(at(q, b, q_batch, start, q_token, head, q_head), q_token, rows, columns, valid, inside)
+        near = load_tile(at(local, b, local_batch, start, local_token, head, local_head), local_token, rows, wide, valid, inside_wide)
         normal, inverse = normalized(x, eps, D, NORM)
-        g = features(normal, query_scale, query_bias, valid, NORM)
-        denominator = tl.maximum(tl.sum(rounded(g, EXACT) * z[None, :], axis=1), floor)
-        found = looked_up(g, high, low, BT, BV, TURNED, EXACT)
-        # Where the memory is empty its share is 0, but what was read need not be finite.
-        far = tl.where(share > 0, found / denominator[:, None], 0.0)
-        out = share * far + local_share * near
-        store_tile(mixed + b * mixed_batch + head * mixed_head, mixed_token, tokens, wide, valid, inside_wide, out)
+        g, _ = features(normal, query_scale, query_bias, valid, NORM)
+        a = share * reciprocal(tl.maximum(tl.sum(rounded(g, EXACT) * z[None, :], axis=1), floor))
+        out = a[:, None] * looked_up(g, high, low, BT, BV, TURNED, EXACT) + local_share * near
+        store_tile(at(mixed, b, mixed_batch, start, mixed_token, head, mixed_head), mixed_token, rows, wide, valid, inside_wide, out)
 
 
 @torch.library.custom_op("infini::read_and_mix", mutates_args=())
@@ -156,24 +158,25 @@ def mixed_by(
             length, offset, segments, parts, segment_length, heads, eps, floor,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, SHARED_BY=heads // groups, AHEAD=tiles.loop_stages,
             TURNED=tiles.turned, NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty,
-            RAGGED=bounds is not None, EXACT=exact, **tiles.options,
+            RAGGED=bounds is not None,
+            WHOLE=whole(length, offset, segments, segment_length, part, tiles, bounds), EXACT=exact, **tiles.options,
         )  # fmt: skip
     return mixed
 
 
 @triton.jit
 def through_block(
-    d_mixed, local, d_local, d_token, local_token, dq_token, high, low, wide, tokens, valid, inside_wide, local_share, from_local, e,
-    BT: tl.constexpr, BD: tl.constexpr, TURNED: tl.constexpr, EXACT: tl.constexpr,
+    d_mixed, local, d_local, d_token, local_token, dq_token, high, low, wide, rows, valid, inside_wide, local_share, local_sum, e,
+    BT: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Adds what some columns of the mix's gradient say of the local output and of e; passes on the local output's share."""
-    dy = load_tile(d_mixed, d_token, tokens, wide, valid, inside_wide)
+    dy = load_tile(d_mixed, d_token, rows, wide, valid, inside_wide)
     e += looked_up(dy, tl.trans(high), tl.trans(low), BT, BD, TURNED, EXACT)
-    near = load_tile(local, local_token, tokens, wide, valid, inside_wide)
+    near = load_tile(local, local_token, rows, wide, valid, inside_wide)
     passed = dy.to(tl.float32)
-    from_local += tl.sum(near.to(tl.float32) * passed, axis=1)
-    store_tile(d_local, dq_token, tokens, wide, valid, inside_wide, local_share * passed)
-    return dy, from_local, e
+    local_sum = add_rows(local_sum, near.to(tl.float32) * passed, BT, ROWS, wide.shape[0])
+    store_tile(d_local, dq_token, rows, wide, valid, inside_wide, local_share * passed)
+    return dy, local_sum, e
 
 
 @triton.jit(do_not_specialize=["length", "offset", "segments"])
@@ -183,8 +186,8 @@ def read_backward_kernel(
     q_batch, q_token, q_head, local_batch, local_token, local_head, d_batch, d_token, d_head, dq_batch, dq_token, dq_head,
     length, offset, segments, parts, segment_length, heads, eps, floor,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, SHARED_BY: tl.constexpr,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, FUSED: tl.constexpr, TURNED: tl.constexpr,
-    NORM: tl.constexpr, MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, FUSED: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr,
+    MASKED: tl.constexpr, MIX_EMPTY: tl.constexpr, RAGGED: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment, HEADS query heads of one memory.
 
@@ -195,77 +198,76 @@ def read_backward_kernel(
     program, units = tl.program_id(0), heads // HEADS
     unit, part, segment = program % units, program // units % parts, program // units // parts % segments
     b = (program // units // parts // segments).to(tl.int64)
-    columns = tl.arange(0, BD)
-    inside = columns < D
+    rows, columns = tl.arange(0, BT), tl.arange(0, BD)
+    inside = true_below(columns, D, D == BD)
     first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     memory = (b * segments + segment) * (heads // SHARED_BY) + unit * HEADS // SHARED_BY
-    z = tl.load(normalizers + memory * D + columns, mask=inside, other=0.0)
+    readable = filled(inside, has_memory, b * segments + segment, MASKED)
+    z = tl.load(normalizers + memory * D + columns, mask=readable, other=0.0)
     if BV == BD:
-        high, low = load_matrix(matrices + memory * D * D, columns, columns, inside, inside, D, EXACT)
+        high, low = load_matrix(matrices + memory * D * D, columns, columns, readable, inside, D, EXACT)
     if FUSED:
         d_matrix, d_normalizer = tl.zeros([BV, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
     for member in range(HEADS):
         head = unit * HEADS + member
         weight, share, local_share, asked = shares(beta, has_memory, head, b * segments + segment, MASKED, MIX_EMPTY)
-        readable = share > 0
         query_scale, query_bias = load_scale(scale, bias, head, columns, inside, D, NORM)
         scale_sum, bias_sum = tl.zeros([ROWS, BD], tl.float32), tl.zeros([ROWS, BD], tl.float32)
-        beta_sum = tl.zeros([BT], tl.float32)
+        memory_sum, local_sum = tl.zeros([BT], tl.float32), tl.zeros([ROWS, BV], tl.float32)
         for start in tl.range(first, last, BT, num_stages=AHEAD):
-            tokens = start + tl.arange(0, BT)
-            valid = tokens < last
-            x = load_tile(q + b * q_batch + head * q_head, q_token, tokens, columns, valid, inside)
+            valid = true_below(rows, last - start, WHOLE)
+            x = load_tile(at(q, b, q_batch, start, q_token, head, q_head), q_token, rows, columns, valid, inside)
             normal, inverse = normalized(x, eps, D, NORM)
-            g = features(normal, query_scale, query_bias, valid, NORM)
+            g, slope = features(normal, query_scale, query_bias, valid, NORM)
             seen = rounded(g, EXACT)
             denominator = tl.sum(seen * z[None, :], axis=1)
             held = denominator >= floor
-            denominator = tl.maximum(denominator, floor)
-            from_local = tl.zeros([BT], tl.float32)
+            inverse_d = reciprocal(tl.maximum(denominator, floor))
             e = tl.zeros([BT, BD], tl.float32)
-            d_at, near_at = d_mixed + b * d_batch + head * d_head, local + b * local_batch + head * local_head
-            d_local_at = d_local + b * dq_batch + head * dq_head
+            d_at = at(d_mixed, b, d_batch, start, d_token, head, d_head)
+            near_at = at(local, b, local_batch, start, local_token, head, local_head)
+            d_local_at = at(d_local, b, dq_batch, start, dq_token, head, dq_head)
             if BV == BD:
-                dy, from_local, e = through_block(
-                    d_at, near_at, d_local_at, d_token, local_token, dq_token, high, low, columns, tokens, valid, inside,
-                    local_share, from_local, e, BT, BD, TURNED, EXACT,
+                dy, local_sum, e = through_block(
+                    d_at, near_at, d_local_at, d_token, local_token, dq_token, high, low, columns, rows, valid, inside,
+                    local_share, local_sum, e, BT, BD, ROWS, TURNED, EXACT,
                 )  # fmt: skip
             else:
                 for block in tl.range(0, BD // BV, num_stages=1):  # unrolled, all of the memory would be in registers
                     wide = block * BV + tl.arange(0, BV)
                     inside_wide = wide < D
-                    high, low = load_matrix(matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
-                    dy, from_local, e = through_block(
-                        d_at, near_at, d_local_at, d_token, local_token, dq_token, high, low, wide, tokens, valid, inside_wide,
-                        local_share, from_local, e, BT, BD, TURNED, EXACT,
+                    high, low = load_matrix(matrices + memory * D * D, columns, wide, readable, inside_wide, D, EXACT)
+                    dy, local_sum, e = through_block(
+                        d_at, near_at, d_local_at, d_token, local_token, dq_token, high, low, wide, rows, valid, inside_wide,
+                        local_share, local_sum, e, BT, BD, ROWS, TURNED, EXACT,
                     )  # fmt: skip
-            # Where the memory is empty nothing of it may pass, finite or not.
-            from_memory = tl.where(readable, tl.sum(seen * e, axis=1) / denominator, 0.0)
-            a = share / denominator
+            from_memory = tl.sum(seen * e, axis=1) * inverse_d
+            a = share * inverse_d
             c = tl.where(held, -a * from_memory, 0.0)
             if FUSED:
                 d_matrix = product(tl.trans(dy), a[:, None] * g, d_matrix, EXACT)
                 d_normalizer = add_rows(d_normalizer, c[:, None] * g, BT, ROWS, BD)
             else:
-                place = (b * length + tokens) * heads + head
+                place = (b * length + start + rows) * heads + head
                 tl.store(weights + place, a, mask=valid)
                 tl.store(z_weights + place, c, mask=valid)
-            beta_sum += from_memory - from_local
-            dx = tl.where(readable, a[:, None] * e + c[:, None] * z[None, :], 0.0) * tl.minimum(g, 1.0)
+            memory_sum += from_memory
+            dx = (a[:, None] * e + c[:, None] * z[None, :]) * slope
             if NORM:
                 scale_sum = add_rows(scale_sum, dx * normal, BT, ROWS, BD)
                 bias_sum = add_rows(bias_sum, dx, BT, ROWS, BD)
             dx = through_norm(dx, normal, inverse, query_scale, D, NORM)
-            store_tile(dq + b * dq_batch + head * dq_head, dq_token, tokens, columns, valid, inside, dx)
-        at = ((b * segments + segment) * parts + part) * heads + head
-        tl.store(d_beta + at, asked * weight * (1.0 - weight) * tl.sum(beta_sum, axis=0))
+            store_tile(at(dq, b, dq_batch, start, dq_token, head, dq_head), dq_token, rows, columns, valid, inside, dx)
+        place = ((b * segments + segment) * parts + part) * heads + head
+        weighed = tl.sum(memory_sum, axis=0) - tl.sum(tl.sum(local_sum, axis=0), axis=0)
+        tl.store(d_beta + place, asked * weight * (1.0 - weight) * weighed)
         if NORM:
-            tl.store(d_scale + at * D + columns, tl.sum(scale_sum, axis=0), mask=inside)
-            tl.store(d_bias + at * D + columns, tl.sum(bias_sum, axis=0), mask=inside)
+            tl.store(d_scale + place * D + columns, tl.sum(scale_sum, axis=0), mask=inside)
+            tl.store(d_bias + place * D + columns, tl.sum(bias_sum, axis=0), mask=inside)
     if FUSED:
         here = program.to(tl.int64)
-        at = d_matrices + here * D * D + columns[None, :] * D + columns[:, None]
-        tl.store(at, d_matrix, mask=inside[None, :] & inside[:, None])
+        place = d_matrices + here * D * D + columns[None, :] * D + columns[:, None]
+        tl.store(place, d_matrix, mask=inside[None, :] & inside[:, None])
         tl.store(d_normalizers + here * D + columns, tl.sum(d_normalizer, axis=0), mask=inside)
 
 
@@ -330,7 +332,8 @@ def gradients_by(
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, SHARED_BY=heads // groups,
             HEADS=together, ROWS=tiles.rows, AHEAD=tiles.loop_stages, FUSED=fused,
             TURNED=tiles.turned, NORM=norm, MASKED=has_memory is not None, MIX_EMPTY=mix_empty,
-            RAGGED=bounds is not None, EXACT=exact, **tiles.options,
+            RAGGED=bounds is not None,
+            WHOLE=whole(length, offset, segments, segment_length, part, tiles, bounds), EXACT=exact, **tiles.options,
         )  # fmt: skip
     if not fused:
         d_matrices, d_normalizers = sum_outer(

@@ -12,6 +12,7 @@ from infini.kernels.outer import sum_outer
 from infini.kernels.parts import (
     add_rows,
     as_bytes,
+    at,
     features,
     last_axis_contiguous,
     load_matrix,
@@ -22,6 +23,8 @@ from infini.kernels.parts import (
     store_tile,
     through_norm,
     tokens_of,
+    true_below,
+    whole,
 )
 from infini.kernels.scan import scan
 from infini.kernels.tiles import Tiles, is_exact, on_device_of, shared_memory
@@ -91,7 +94,7 @@ def write_backward_kernel(
     length, offset, segments, slots, parts, segment_length, groups, eps,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr, AHEAD: tl.constexpr, TURNED: tl.constexpr,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, RAGGED: tl.constexpr, EXACT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, RAGGED: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment of one memory. dv = f dM; the gradient of f = w sigma is e = v dM^T + dz, that of w sigma.e.
 
@@ -100,8 +103,8 @@ def write_backward_kernel(
     program = tl.program_id(0)
     group, part, segment = program % groups, program // groups % parts, program // groups // parts % segments
     b = (program // groups // parts // segments).to(tl.int64)
-    columns = tl.arange(0, BD)
-    inside = columns < D
+    rows, columns = tl.arange(0, BT), tl.arange(0, BD)
+    inside = true_below(columns, D, D == BD)
     first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     memory = (b * slots + segment) * groups + group
     dz = tl.load(d_normalizers + memory * D + columns, mask=inside, other=0.0)
@@ -110,40 +113,41 @@ def write_backward_kernel(
     if BV == BD:
         high, low = load_matrix(d_matrices + memory * D * D, columns, columns, inside, inside, D, EXACT)
     for start in tl.range(first, last, BT, num_stages=AHEAD):
-        tokens = start + tl.arange(0, BT)
-        valid = tokens < last
-        x = load_tile(k + b * k_batch + group * k_head, k_token, tokens, columns, valid, inside)
+        valid = true_below(rows, last - start, WHOLE)
+        x = load_tile(at(k, b, k_batch, start, k_token, group, k_head), k_token, rows, columns, valid, inside)
         normal, inverse = normalized(x, eps, D, NORM)
-        sigma = features(normal, key_scale, key_bias, valid, NORM)
+        sigma, slope = features(normal, key_scale, key_bias, valid, NORM)
+        dk_at = at(dk, b, dk_batch, start, dk_token, group, dk_head)
         w = tl.full([BT], 1.0, tl.float32)
         if WEIGHTED:
-            place = (b * length + tokens) * groups + group
+            place = (b * length + start + rows) * groups + group
             w = tl.load(strength + place, mask=valid, other=0.0)
         d_sigma = tl.zeros([BT, BD], tl.float32) + dz[None, :]
         for block in tl.range(0, BD // BV, num_stages=1):
             wide = block * BV + tl.arange(0, BV)
-            inside_wide = wide < D
+            inside_wide = true_below(wide, D, D == BD)
             if BV < BD:
                 high, low = load_matrix(d_matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
-            y = load_tile(v + b * v_batch + group * v_head, v_token, tokens, wide, valid, inside_wide)
+            y = load_tile(at(v, b, v_batch, start, v_token, group, v_head), v_token, rows, wide, valid, inside_wide)
             read = looked_up(sigma, high, low, BT, BV, TURNED, EXACT)
-            store_tile(dv + b * dk_batch + group * dk_head, dk_token, tokens, wide, valid, inside_wide, w[:, None] * read)
+            dv_at = at(dv, b, dk_batch, start, dk_token, group, dk_head)
+            store_tile(dv_at, dk_token, rows, wide, valid, inside_wide, w[:, None] * read)
             d_sigma += looked_up(y, tl.trans(high), tl.trans(low), BT, BD, TURNED, EXACT)
         if WEIGHTED:
             dw = tl.sum(sigma * d_sigma, axis=1)
             d_sigma *= w[:, None]
         if ADD:
-            d_sigma += load_tile(dk + b * dk_batch + group * dk_head, dk_token, tokens, columns, valid, inside)
+            d_sigma += load_tile(dk_at, dk_token, rows, columns, valid, inside)
         if WEIGHTED:
             if ADD:
                 dw += tl.load(d_strength + place, mask=valid, other=0.0)
             tl.store(d_strength + place, dw, mask=valid)
-        dx = d_sigma * tl.minimum(sigma, 1.0)
+        dx = d_sigma * slope
         if NORM:
             scale_sum = add_rows(scale_sum, dx * normal, BT, ROWS, BD)
             bias_sum = add_rows(bias_sum, dx, BT, ROWS, BD)
         dx = through_norm(dx, normal, inverse, key_scale, D, NORM)
-        store_tile(dk + b * dk_batch + group * dk_head, dk_token, tokens, columns, valid, inside, dx)
+        store_tile(dk_at, dk_token, rows, columns, valid, inside, dx)
     if NORM:
         tl.store(d_scale + program.to(tl.int64) * D + columns, tl.sum(scale_sum, axis=0), mask=inside)
         tl.store(d_bias + program.to(tl.int64) * D + columns, tl.sum(bias_sum, axis=0), mask=inside)
@@ -230,7 +234,8 @@ def backward_of_sums(
             *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
             length, offset, written, d_matrices.shape[1], parts, segment_length, groups, eps,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
-            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, ADD=add, RAGGED=bounds is not None, EXACT=exact, **tiles.options,
+            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, ADD=add, RAGGED=bounds is not None,
+            WHOLE=whole(length, offset, written, segment_length, part, tiles, bounds), EXACT=exact, **tiles.options,
         )  # fmt: skip
     if norm:
         d_scale, d_bias = d_scale.sum(dim=(0, 1, 2)).to(scale.dtype), d_bias.sum(dim=(0, 1, 2)).to(bias.dtype)

@@ -1,9 +1,14 @@
 """Rows of the attention within reach: compared before they are timed, and work counted from what is seen."""
 
+import json
+import runpy
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
 
-from infini.bench import reach, reach_tiles
+from infini.bench import reach, reach_tiles, tiles
 from infini.bench.memory import Shape
 from infini.bench.reach import Reach
 
@@ -39,14 +44,19 @@ def test_what_does_not_agree_is_not_timed(part, kernel_device, monkeypatch, rows
 
 
 def test_only_pairs_that_see_each_other_are_counted():
-    plan = Reach(1, 6, 1, 1, 16, window=3).plan(torch.device("cpu"))
-    assert Reach(1, 6, 1, 1, 16, window=3).work(plan, gradient=False).flop == (1 + 2 + 3 + 3 + 3 + 3) * 4 * 16
+    assert Reach(1, 6, 1, 1, 16, window=3).work(gradient=False).flop == (1 + 2 + 3 + 3 + 3 + 3) * 4 * 16
 
 
 def test_segments_of_rows_that_are_alike_have_other_kernels():
     alike, packed = Shape(1, 64, 16, 2, 1, 16), Shape(1, 64, 16, 2, 1, 16, document=20)
     assert [case.window for case in Reach.all_of(alike)] == [16]
     assert [(case.window, case.segment_length) for case in Reach.all_of(packed)] == [(16, None), (None, 16)]
+
+
+def test_records_of_older_runs_are_of_the_same_fields():
+    record = json.loads((Path(__file__).parents[2] / "results/benchmarks/h200/reach/record.json").read_text())
+    shapes = [row["shape"] for row in record["rows"] if row["what"] == "attention within reach"]
+    assert shapes and all(list(asdict(Reach(**shape)).items()) == list(shape.items()) for shape in shapes)
 
 
 def test_the_tuner_times_what_agrees_and_nothing_else(kernel_device, monkeypatch):
@@ -76,3 +86,13 @@ def test_candidates_are_few_and_all_different():
     for name, wide in ((name, wide) for name in LOCAL for wide in (64, 128, 256)):
         tries = list(reach_tiles.candidates(name, wide))
         assert 15 <= len(tries) == len(set(tries)) <= 30 and all(one.BD == wide for one in tries)
+
+
+@pytest.mark.parametrize("module", [tiles, reach_tiles], ids=["tiles", "reach_tiles"])
+def test_a_tuner_without_a_folder_says_what_it_needs(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["python"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(module.__file__, run_name="__main__")
+    name = module.__name__.rpartition(".")[2]
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: give the folder for {name}.json: python -m {module.__name__} OUTPUT")

@@ -62,6 +62,7 @@ def compiled(name, dim, dtype, capability, shared, tiles=None, ragged=False):
     choices = {"D": dim, "BD": tiles.BD, "BV": tiles.BV, "BT": tiles.BT, "PART": 256, "SHARED_BY": 2, "NORM": True, "N": tiles.BT}
     choices |= {"ROWS": tiles.rows, "AHEAD": tiles.loop_stages, "FUSED": tiles.fused, "TURNED": tiles.turned, "HEADS": 2 if tiles.fused else 1}
     choices |= {"WEIGHTS": 2, "WEIGHTED": True, "MASKED": True, "MIX_EMPTY": False, "RAGGED": ragged, "FRESH": ragged, "EXACT": exact}
+    choices |= {"WHOLE": not ragged}
     choices |= {"REVERSE": False, "TRANSPOSED": True, "BLOCK": 256, "ADD": True, "STAGES": 2 if tiles.BD < 128 or shared >= MUCH_SHARED else 1}
     warps = WARPS if name in AFFINE else tiles.warps
     if name in AFFINE:
