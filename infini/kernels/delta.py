@@ -81,14 +81,14 @@ def gram_kernel(
         keys = at(k, b, k_batch, start, k_token, group, k_head)
         x = load_tile(keys, k_token, rows, columns, valid, inside)
         normal, inverse = normalized(x, eps, D, NORM)
-        sigma, _ = features(normal, key_scale, key_bias, valid, NORM)
+        sigma, _slope = features(normal, key_scale, key_bias, valid, NORM)
         w = load_strength(strength, (b * length + start + rows) * groups + group, valid, BT, WEIGHTED)
         a = has * w * reciprocal(tl.maximum(tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1), floor))
         if BV < BD:
             wide_normal = load_tile(keys, k_token, rows, wide, valid, inside_wide)
             if NORM:
                 wide_normal = wide_normal.to(tl.float32) * inverse[:, None]
-            wide_sigma, _ = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
+            wide_sigma, _wide_slope = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
             gram = product(tl.trans(a[:, None] * sigma), wide_sigma, gram, EXACT)
         else:
             gram = product(tl.trans(a[:, None] * sigma), sigma, gram, EXACT)
@@ -219,7 +219,7 @@ def gram_backward_kernel(
         keys = at(k, b, k_batch, start, k_token, group, k_head)
         x = load_tile(keys, k_token, rows, columns, valid, inside)
         normal, inverse = normalized(x, eps, D, NORM)
-        sigma, _ = features(normal, key_scale, key_bias, valid, NORM)
+        sigma, _slope = features(normal, key_scale, key_bias, valid, NORM)
         place = (b * length + start + rows) * groups + group
         w = load_strength(strength, place, valid, BT, WEIGHTED)
         denominator = tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1)
@@ -238,7 +238,7 @@ def gram_backward_kernel(
                 if NORM:
                     wide_normal = wide_normal.to(tl.float32) * inverse[:, None]
                 # H is symmetric: these rows of it are those columns.
-                wide_sigma, _ = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
+                wide_sigma, _wide_slope = features(wide_normal.to(tl.float32), wide_scale, wide_bias, valid, NORM)
                 e += looked_up(wide_sigma, tl.trans(high), tl.trans(low), BT, BD, TURNED, EXACT)
         da = 0.5 * tl.sum(sigma * e, axis=1) * inverse_d
         a = w * inverse_d

@@ -46,7 +46,7 @@ def outer_kernel(
             x_tile = load_tile(at(x, b, x_batch, start, x_token, head, x_head), x_token, rows, columns, valid, inside)
             y_tile = load_tile(at(y, b, y_batch, start, y_token, head, y_head), y_token, rows, wide, valid, inside_wide)
             normal, inverse = normalized(x_tile, eps, D, NORM)
-            f, _ = features(normal, head_scale, head_bias, valid, NORM)
+            f, _slope = features(normal, head_scale, head_bias, valid, NORM)
             place = (b * length + start + rows) * (groups * SHARED_BY) + head
             if WEIGHTS > 0:
                 weighted = f * tl.load(weights + place, mask=valid, other=0.0)[:, None]

@@ -73,7 +73,7 @@ def read_kernel(
         x = load_tile(at(q, b, q_batch, start, q_token, head, q_head), q_token, rows, columns, valid, inside)
         near = load_tile(at(local, b, local_batch, start, local_token, head, local_head), local_token, rows, wide, valid, inside_wide)
         normal, inverse = normalized(x, eps, D, NORM)
-        g, _ = features(normal, query_scale, query_bias, valid, NORM)
+        g, _slope = features(normal, query_scale, query_bias, valid, NORM)
         a = share * reciprocal(tl.maximum(tl.sum(rounded(g, EXACT) * z[None, :], axis=1), floor))
         out = a[:, None] * looked_up(g, high, low, BT, BV, TURNED, EXACT) + local_share * near
         store_tile(at(mixed, b, mixed_batch, start, mixed_token, head, mixed_head), mixed_token, rows, wide, valid, inside_wide, out)

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini.kernels.parts import product
 from infini.kernels.tiles import MUCH_SHARED, on_device_of, processors, shared_memory
 
 BLOCK = 256
@@ -69,6 +68,23 @@ def scan(
     return before, last
 
 
+@triton.jit
+def halves(x):
+    """x rounded to the 11 bits that a TF32 product sees, and the rest."""
+    high = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def map_product(gram, x, BD: tl.constexpr, BV: tl.constexpr):
+    """gram x to the precision of fp32, as `product` in three parts, but without its care for infinite numbers: half the instructions."""
+    gram_high, gram_low = halves(gram)
+    x_high, x_low = halves(x)
+    total = tl.dot(gram_low, x_high, tl.zeros([BD, BV], tl.float32), input_precision="tf32")
+    total = tl.dot(gram_high, x_low, total, input_precision="tf32")
+    return tl.dot(gram_high, x_high, total, input_precision="tf32")
+
+
 @triton.jit(do_not_specialize=["segments", "filled", "mapped"])
 def affine_kernel(
     additions, grams, fresh, before, first, last, segments, filled, mapped,
@@ -94,7 +110,7 @@ def affine_kernel(
             x = emptied(x, fresh, b * segments + segment, FRESH)
         tl.store(before + at + place, x, mask=inside)
         # A memory is a sum of thousands of pairs: fp32 whatever the inputs are.
-        x = x + y - product(gram, x, tl.zeros([BD, BV], tl.float32), True)
+        x = x + y - map_product(gram, x, BD, BV)
         if REVERSE:
             x = emptied(x, fresh, b * segments + segment, FRESH)
     tl.store(last + (b * groups + memory) * D * D + place, x, mask=inside)
@@ -122,8 +138,8 @@ def affine_scan(
     first = first.contiguous()
     before, last = additions if in_place else torch.empty_like(additions), torch.empty_like(first)
     wide = max(16, triton.next_power_of_2(dim))
-    stages = 2 if wide < 128 or shared_memory(additions.device) >= MUCH_SHARED else 1
     block = columns_of(batch * groups, wide, additions.device)
+    stages = stages_of(wide, block, shared_memory(additions.device))
     with on_device_of(additions):
         affine_kernel[(groups, triton.cdiv(dim, block), batch)](
             additions, grams, additions if fresh is None else fresh, before, first, last, segments, filled, grams.shape[1],
@@ -138,6 +154,12 @@ def columns_of(memories: int, wide: int, device: torch.device) -> int:
     while block > FEWEST and memories * (wide // block) < 0.9 * processors(device):
         block //= 2
     return block
+
+
+def stages_of(wide: int, block: int, shared: int) -> int:
+    """How many segments are under way at a time: a step waits for nothing but the one before where the maps of two more fit."""
+    ahead = 4 * wide * (wide + block)
+    return next((stages for stages in (3, 2) if (stages - 1) * ahead + 8 * wide * block <= shared), 1)
 
 
 def most_columns(wide: int, shared: int) -> int:

@@ -17,8 +17,8 @@ from infini.kernels.local import local_kernel, local_keys_kernel, local_queries_
 from infini.kernels.outer import outer_kernel
 from infini.kernels.read import read_backward_kernel, read_kernel
 from infini.kernels.read_deltanet import read_deltanet_backward_kernel, read_deltanet_kernel
-from infini.kernels.scan import FEWEST, WARPS, affine_kernel, most_columns, scan_kernel
-from infini.kernels.tiles import DELTANET, LOCAL, MUCH_SHARED, LocalTiles, Tiles, widest_deltanet
+from infini.kernels.scan import FEWEST, WARPS, affine_kernel, most_columns, scan_kernel, stages_of
+from infini.kernels.tiles import DELTANET, LOCAL, LocalTiles, Tiles, widest_deltanet
 from infini.kernels.write import write_backward_kernel
 
 KERNELS = {
@@ -63,10 +63,11 @@ def compiled(name, dim, dtype, capability, shared, tiles=None, ragged=False):
     choices |= {"ROWS": tiles.rows, "AHEAD": tiles.loop_stages, "FUSED": tiles.fused, "TURNED": tiles.turned, "HEADS": 2 if tiles.fused else 1}
     choices |= {"WEIGHTS": 2, "WEIGHTED": True, "MASKED": True, "MIX_EMPTY": False, "RAGGED": ragged, "FRESH": ragged, "EXACT": exact}
     choices |= {"WHOLE": not ragged}
-    choices |= {"REVERSE": False, "TRANSPOSED": True, "BLOCK": 256, "ADD": True, "STAGES": 2 if tiles.BD < 128 or shared >= MUCH_SHARED else 1}
+    choices |= {"REVERSE": False, "TRANSPOSED": True, "BLOCK": 256, "ADD": True}
     warps = WARPS if name in AFFINE else tiles.warps
     if name in AFFINE:
         choices["BV"] = most_columns(tiles.BD, shared) if name == "affine" else FEWEST
+        choices["STAGES"] = stages_of(tiles.BD, choices["BV"], shared)
     return built(kernel, choices, dtype, capability, {**tiles.options, "num_warps": warps})
 
 
