@@ -139,6 +139,36 @@ def matrix_rows_product(high, low, a, total, EXACT: tl.constexpr):
 
 
 @triton.jit
+def load_fitted(pointer, columns, wide, inside, inside_wide, D: tl.constexpr):
+    """A block `[BD, BV]` of a memory in fp16, divided by its largest entry, and that entry.
+
+    Eleven bits of every entry that counts: rounded to the eight of bf16 a memory would lose what one pair adds to a sum of hundreds.
+    """
+    whole = tl.load(
+        pointer + columns[:, None] * D + wide[None, :], mask=inside[:, None] & inside_wide[None, :], other=0.0
+    )
+    size = tl.maximum(tl.max(tl.max(tl.abs(whole), axis=1), axis=0), 1e-30)
+    return (whole * (1.0 / size)).to(tl.float16), size
+
+
+@triton.jit
+def fitted(g):
+    """Features `[BT, BD]` in fp16, each row divided by its largest, and that: no row leaves the range of fp16, large or small."""
+    size = tl.maximum(tl.max(g, axis=1), 1e-30)
+    return (g * (1.0 / size)[:, None]).to(tl.float16), size
+
+
+@triton.jit
+def looked_up_once(g, memory, BT: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr):
+    """g memory `[BT, WIDE]` of two in fp16, with fp32 sums. TURNED: as in `looked_up`."""
+    if INTERPRETED:
+        return tl.dot(g.to(tl.float32), memory.to(tl.float32))
+    if TURNED:
+        return tl.trans(tl.dot(tl.trans(memory), tl.trans(g), tl.zeros([WIDE, BT], tl.float32)))
+    return tl.dot(g, memory, tl.zeros([BT, WIDE], tl.float32))
+
+
+@triton.jit
 def tokens_of(segment, part, segment_length, part_length, offset, length, bounds, place, RAGGED: tl.constexpr):
     """First and last + 1 token of a part of a segment that begins at token `offset` + segment * segment_length.
 

@@ -15,11 +15,14 @@ from infini.kernels.parts import (
     add_rows,
     as_bytes,
     features,
+    fitted,
     last_axis_contiguous,
+    load_fitted,
     load_matrix,
     load_scale,
     load_tile,
     looked_up,
+    looked_up_once,
     normalized,
     product,
     rounded,
@@ -58,7 +61,10 @@ def read_kernel(
     inside, inside_wide = columns < D, wide < D
     first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
     memory = (b * segments + segment) * (heads // SHARED_BY) + head // SHARED_BY
-    high, low = load_matrix(matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
+    if EXACT:
+        high, low = load_matrix(matrices + memory * D * D, columns, wide, inside, inside_wide, D, EXACT)
+    else:
+        high, size = load_fitted(matrices + memory * D * D, columns, wide, inside, inside_wide, D)
     z = tl.load(normalizers + memory * D + columns, mask=inside, other=0.0)
     weight, share, local_share, asked = shares(beta, has_memory, head, b * segments + segment, MASKED, MIX_EMPTY)
     query_scale, query_bias = load_scale(scale, bias, head, columns, inside, D, NORM)
@@ -69,10 +75,15 @@ def read_kernel(
         near = load_tile(local + b * local_batch + head * local_head, local_token, tokens, wide, valid, inside_wide)
         normal, inverse = normalized(x, eps, D, NORM)
         g = features(normal, query_scale, query_bias, valid, NORM)
-        denominator = tl.maximum(tl.sum(rounded(g, EXACT) * z[None, :], axis=1), floor)
-        found = looked_up(g, high, low, BT, BV, TURNED, EXACT)
+        if EXACT:
+            part = 1.0 / tl.maximum(tl.sum(g * z[None, :], axis=1), floor)
+            found = looked_up(g, high, low, BT, BV, TURNED, EXACT)
+        else:
+            seen, most = fitted(g)
+            part = size * most / tl.maximum(tl.sum(seen.to(tl.float32) * z[None, :], axis=1) * most, floor)
+            found = looked_up_once(seen, high, BT, BV, TURNED)
         # Where the memory is empty its share is 0, but what was read need not be finite.
-        far = tl.where(share > 0, found / denominator[:, None], 0.0)
+        far = tl.where(share > 0, found * part[:, None], 0.0)
         out = share * far + local_share * near
         store_tile(mixed + b * mixed_batch + head * mixed_head, mixed_token, tokens, wide, valid, inside_wide, out)
 

@@ -252,15 +252,15 @@ def test_other_ways_of_a_kernel_equal_the_reference(name, kernel_device, monkeyp
 
 
 def test_a_needle_in_a_heavy_memory_is_read_in_bf16(kernel_device):
-    """Two filler rows of a memory that cancel, and beside them one pair: rounded to bf16 the memory would not hold it."""
+    """Two filler rows of a memory that cancel, and beside them one pair: of 100, bf16 keeps steps of 0.5, fp16 of 0.06."""
     q = torch.zeros(1, 16, 1, 16, dtype=torch.bfloat16, device=kernel_device)  # all features 1
     M = torch.zeros(1, 1, 1, 16, 16, device=kernel_device)
     needle = torch.linspace(-1, 1, 16, device=kernel_device)
-    M[..., 0, :], M[..., 1, :] = 1000 + needle, -1000
+    M[..., 0, :], M[..., 1, :] = 100 + needle, -100
     z = torch.full((1, 1, 1, 16), 1 / 16, device=kernel_device)
     beta = torch.full((1,), 100.0, device=kernel_device)
     mixed = read_and_mix(q, q, M, z, beta, None, None, None, 0, 16, False, EPS, FLOOR)
-    torch.testing.assert_close(mixed[0, 3, 0].float(), needle, atol=0.016, rtol=0)  # 1000 in 16 bits
+    torch.testing.assert_close(mixed[0, 3, 0].float(), needle, atol=0.035, rtol=0)
 
 
 def test_an_empty_memory_lets_nothing_pass(kernel_device):
