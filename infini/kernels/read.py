@@ -76,14 +76,14 @@ def read_kernel(
         normal, inverse = normalized(x, eps, D, NORM)
         g = features(normal, query_scale, query_bias, valid, NORM)
         if EXACT:
-            part = 1.0 / tl.maximum(tl.sum(g * z[None, :], axis=1), floor)
+            norm = 1.0 / tl.maximum(tl.sum(g * z[None, :], axis=1), floor)
             found = looked_up(g, high, low, BT, BV, TURNED, EXACT)
         else:
             seen, most = fitted(g)
-            part = size * most / tl.maximum(tl.sum(seen.to(tl.float32) * z[None, :], axis=1) * most, floor)
+            norm = size * most / tl.maximum(tl.sum(seen.to(tl.float32) * z[None, :], axis=1) * most, floor)
             found = looked_up_once(seen, high, BT, BV, TURNED)
         # Where the memory is empty its share is 0, but what was read need not be finite.
-        far = tl.where(share > 0, found * part[:, None], 0.0)
+        far = tl.where(share > 0, found * norm[:, None], 0.0)
         out = share * far + local_share * near
         store_tile(mixed + b * mixed_batch + head * mixed_head, mixed_token, tokens, wide, valid, inside_wide, out)
 

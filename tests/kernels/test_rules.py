@@ -260,7 +260,7 @@ def test_a_needle_in_a_heavy_memory_is_read_in_bf16(kernel_device):
     z = torch.full((1, 1, 1, 16), 1 / 16, device=kernel_device)
     beta = torch.full((1,), 100.0, device=kernel_device)
     mixed = read_and_mix(q, q, M, z, beta, None, None, None, 0, 16, False, EPS, FLOOR)
-    torch.testing.assert_close(mixed[0, 3, 0].float(), needle, atol=0.035, rtol=0)
+    torch.testing.assert_close(mixed[0, 3, 0].float(), needle, atol=0.05, rtol=0)
 
 
 def test_an_empty_memory_lets_nothing_pass(kernel_device):
