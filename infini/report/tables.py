@@ -212,7 +212,7 @@ def bench_table(record: Mapping[str, Any]) -> str:
         f"and written counted; a bf16 product does {ceilings['product_flop_per_second'] / 1e12:.0f} TFLOP/s. Floor: the longer of bytes and "
         "FLOP at these, every tensor moved once, no recomputation.\n\n"
     )
-    if ahead := dict.fromkeys(row["part"] for row in record["rows"] if row.get("launched_ahead")):
+    if ahead := dict.fromkeys(row["what"] for row in record["rows"] if row.get("launched_ahead")):
         text += f"Launched while the GPU waits, so that the host's time does not count: {', '.join(ahead)}.\n\n"
     for part in dict.fromkeys(row["part"] for row in record["rows"]):
         lines = [_bench_line(row) for row in record["rows"] if row["part"] == part]
