@@ -231,7 +231,8 @@ def test_lm_eval_is_the_record():
 
 def test_windows_are_those_of_the_record():
     shape = {"rows": 1, "tokens": 131072, "heads": 8, "groups": 8, "head_dim": 128, "segment_length": None, "window": 2048, "document": 0}
-    rows = [row_of("results/benchmarks/h200/reach/record.json", kernel="triton", shape=shape, direction=way) for way in ("forward", "forward + backward")]
+    source = "results/benchmarks/h200/reach/record.json"
+    rows = [row_of(source, kernel="triton", shape=shape, direction=way) for way in ("forward", "forward + backward")]
     ratios = [row["ratio"] for row in rows if row["against"] == "bands"]
     assert "| {:.2f}; {:.2f} |".format(*ratios) in README
 
