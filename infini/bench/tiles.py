@@ -51,8 +51,8 @@ def candidates(kernel: str, wide: int) -> Iterator[Tiles]:
     ):
         rows = block if turned or sums else tokens
         one_block = block == wide
-        if rows < ROWS_OF_WARP * 4 and wide >= 64:
-            continue  # no full instruction; of eight warps four may take half of the columns
+        if rows < ROWS_OF_WARP * warps and wide >= 64:
+            continue  # no full instruction, or eight warps that share the columns: the best of these lost (results/benchmarks/h100/tiles)
         if tokens * wide > 2**13 * (warps // 4) and not (kernel == "outer" and tokens * wide <= 2**14):
             continue  # a tile in fp32 is more than 64 registers of a thread
         if fused and not one_block or ahead and stage == 1 or (sums or wide <= 128) and tokens < 32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -48,4 +49,6 @@ def _scorer() -> Any:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise InputError("ROUGE needs the package rouge-score, which is not installed: pip install 'infini-attention[summaries]'") from None
+    # It announces its tokenizer, which nobody asked for, on a stream that it keeps from when it was imported.
+    logging.getLogger("absl").setLevel(logging.WARNING)
     return RougeScorer(NAMES, use_stemmer=True)
