@@ -218,7 +218,6 @@ def gram_backward_kernel(
     rows, columns = tl.arange(0, BT), tl.arange(0, BD)
     inside = true_below(columns, D, D == BD)
     first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
-    has = load_has(has_memory, b * slots + segment, MASKED)
     readable = filled(inside, has_memory, b * slots + segment, MASKED)
     z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=readable, other=0.0)
     memory = (b * segments + segment) * groups + group
@@ -236,7 +235,7 @@ def gram_backward_kernel(
         w = load_strength(strength, place, valid, BT, WEIGHTED)
         denominator = tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1)
         held = denominator >= floor
-        inverse_d = has * reciprocal(tl.maximum(denominator, floor))
+        inverse_d = reciprocal(tl.maximum(denominator, floor))
         if BV == BD:
             e = looked_up(sigma, high, low, BT, BD, TURNED, EXACT)
         else:
