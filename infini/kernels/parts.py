@@ -61,15 +61,15 @@ def at(pointer, b, stride_batch, token, stride_token, head, stride_head):
 @triton.jit
 def load_tile(pointer, stride_token, tokens, columns, valid, inside):
     """Rows of one head, 0 outside."""
-    at = pointer + tokens.to(tl.int64)[:, None] * stride_token + columns[None, :]
-    return tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0)
+    places = pointer + tokens.to(tl.int64)[:, None] * stride_token + columns[None, :]
+    return tl.load(places, mask=valid[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(pointer, stride_token, tokens, columns, valid, inside, x):
     """The inverse of `load_tile`, in the dtype of the pointer."""
-    at = pointer + tokens.to(tl.int64)[:, None] * stride_token + columns[None, :]
-    tl.store(at, x.to(pointer.dtype.element_ty), mask=valid[:, None] & inside[None, :])
+    places = pointer + tokens.to(tl.int64)[:, None] * stride_token + columns[None, :]
+    tl.store(places, x.to(pointer.dtype.element_ty), mask=valid[:, None] & inside[None, :])
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def halves(x):
 
 @triton.jit
 def map_product(gram, x, BD: tl.constexpr, BV: tl.constexpr):
-    """gram x to the precision of fp32, as `product` in three parts, but without its care for infinite numbers: half the instructions."""
+    """gram x to the precision of fp32, as `product` in three parts, but with fewer instructions: without its care for infinite numbers."""
     gram_high, gram_low = halves(gram)
     x_high, x_low = halves(x)
     total = tl.dot(gram_low, x_high, tl.zeros([BD, BV], tl.float32), input_precision="tf32")

@@ -97,6 +97,21 @@ def test_packed_rows_are_compared_with_whole_ones(kernel_device, rows_of):
     assert "packed 7" in bench_shape(rows[-1]) and "packed" not in bench_shape(rows[0])
 
 
+def test_a_layer_and_what_it_is_compared_with_are_launched_ahead_alike(tmp_path, kernel_device, small, monkeypatch):
+    """A ratio of two times of which one had waited for the host would be none; and the table says which rows were launched ahead."""
+    honest, leads = suite.measure, {}
+
+    def watched(trial, *given):
+        leads.setdefault(trial.facts["what"], set()).add(trial.lead)
+        return honest(trial, *given) | ({"launched_ahead": True} if trial.lead else {})  # which a GPU's rows say themselves
+
+    monkeypatch.setattr(suite, "measure", watched)
+    run(tmp_path, dataclasses.replace(SMALL, parts=("layer", "step")), kernel_device)
+    ahead = ("attention alone", "memory part", "Infini-attention")
+    assert leads == dict.fromkeys(ahead, {clock.LEAD}) | {"training step": {0}}
+    assert f"so that the host's time does not count: {', '.join(ahead)}." in render(tmp_path / "record.json")[0].read_text()
+
+
 def test_what_does_not_agree_is_not_timed(tmp_path, kernel_device, small, monkeypatch):
     """The other rows are, and the command fails at the end."""
     honest = InfiniAttention._read_by_kernels
