@@ -233,8 +233,9 @@ class InfiniAttention(nn.Module):
         else:
             from infini.kernels.delta import write_delta
 
-            M, z, M_after, z_after = write_delta(
-                k, v, strength, scale, bias, *initial, plan.has_memory, *places, memory.DENOMINATOR_FLOOR, *rows
+            gamma = self.config.update_rule == "gamma_delta"
+            M, z, M_after, z_after, _ = write_delta(
+                k, v, strength, scale, bias, *initial, plan.has_memory, *places, memory.DENOMINATOR_FLOOR, *rows, gamma
             )
         return MemoryState(M, z), MemoryState(M_after, z_after)
 

@@ -19,6 +19,7 @@ from infini.testing import assert_witnessed
 VARIANTS = {
     "linear": {},
     "delta": {"update_rule": "delta"},
+    "gamma_delta": {"update_rule": "gamma_delta"},
     "deltanet": {"update_rule": "deltanet", "write_gate": True},
     "gated": {"write_gate": True, "qk_norm": True},
 }

@@ -86,8 +86,8 @@ class Case:
         if self.rule == "deltanet":
             return {piece.name: piece for piece in self._deltanet()}
         names = ["write", "scan", "read", "read_backward", "write_backward"]
-        if self.rule == "delta":
-            names[1:2] = ["scan", "gram", "affine"]
+        if self.rule in ("delta", "gamma_delta"):
+            names[1:2] = ["scan" if self.rule == "delta" else "grow", "gram", "affine"]
             names += ["gram_backward"]
         return {name: getattr(self, f"_{name}")() for name in names}
 
@@ -128,6 +128,26 @@ class Case:
             return {"before": sums[:, :-1], "last": sums[:, -1]}
 
         return Piece("scan", "", launch, plain, self._count(0, 0, 2, 0))
+
+    def _grow(self) -> Piece:
+        from infini.kernels.gamma import grow
+
+        x, shape = self.x, self.shape
+
+        def launch(_: Tiles | None) -> Outputs:
+            places = (0, self.segments, self.segments, shape.segment_length, EPS)
+            return dict(zip(("before", "last"), grow(x["k"], x["w"], x["k_scale"], x["k_bias"], x["z"][:, 0], *places)[:2], strict=True))
+
+        def plain(dtype: torch.dtype) -> Outputs:
+            given, before = self._as(dtype), []
+            z = given["z"][:, 0]
+            for f in self._weighed_keys(given).transpose(2, 3).unbind(dim=1):
+                before.append(z)
+                share = (1 - (f @ z.unsqueeze(-1)).squeeze(-1) / f.square().sum(dim=-1)).clamp(0, 1)
+                z = z + (share.unsqueeze(-1) * f).sum(dim=-2)
+            return {"before": torch.stack(before, dim=1), "last": z}
+
+        return Piece("grow", "", launch, plain, self._count(0, 1, 0, 0))
 
     def _read(self) -> Piece:
         from infini.kernels.read import mixed_by
@@ -327,10 +347,12 @@ class Case:
             y = rms_normalize(y, EPS) * given[f"{which}_scale"] + given[f"{which}_bias"]
         return feature_map(y, "elu").unflatten(1, (self.segments, -1))
 
-    def _sums(self, given: Outputs) -> tuple[Tensor, Tensor]:
+    def _weighed_keys(self, given: Outputs) -> Tensor:
         features = self._features(given, "k")
-        if given["w"] is not None:
-            features = features * given["w"].unflatten(1, (self.segments, -1)).unsqueeze(-1)
+        return features if given["w"] is None else features * given["w"].unflatten(1, (self.segments, -1)).unsqueeze(-1)
+
+    def _sums(self, given: Outputs) -> tuple[Tensor, Tensor]:
+        features = self._weighed_keys(given)
         values = given["v"].unflatten(1, (self.segments, -1))
         return torch.einsum("bsngk,bsngv->bsgkv", features, values), features.sum(dim=2)
 

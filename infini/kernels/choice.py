@@ -3,7 +3,7 @@
 `torch` is the plain code, `triton` the kernels, `auto` the kernels wherever they can run on a CUDA device. Rows may differ:
 padding and documents that begin inside a row are no reason to fall back. What is:
 
-- the rule `gamma_delta`, whose normalizer goes token by token through clipped sums, and feature maps other than ELU + 1;
+- feature maps other than ELU + 1;
 - heads wider than a program's shared memory can hold (`LARGEST_HEAD`; with `deltanet` it depends on GPU and dtype);
 - statistics of what is read (`trace`), which kernels never store, and fp64;
 - a GPU before Ampere or not NVIDIA's, or no Triton.
@@ -20,7 +20,7 @@ from infini.errors import InputError
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The scan of delta's maps holds a whole one in shared memory.
-LARGEST_HEAD = {"linear": 256, "delta": 128, "deltanet": 128}
+LARGEST_HEAD = {"linear": 256, "delta": 128, "gamma_delta": 128, "deltanet": 128}
 # Attention within reach has tiles up to here.
 LARGEST_LOCAL_HEAD = 256
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -1,8 +1,9 @@
-"""The `delta` write of whole segments as a custom operator, with its gradient.
+"""The `delta` and `gamma_delta` writes of whole segments as a custom operator, with its gradient.
 
 A segment's change is M - G M + B with B = sum w s v^T and the symmetric G = sum a s s^T, where s = sigma(k), a = w / (s.z) and z
 are the sums of keys before the segment. So keys and values are read for B and the sums, the sums are scanned, keys are read
-again for G, and the maps are scanned. G and B leave no trace: the gradient makes G anew from the keys.
+again for G, and the maps are scanned. G and B leave no trace: the gradient makes G anew from the keys. `gamma_delta` differs in z
+alone, see `gamma`.
 """
 
 import torch
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infini.kernels.gamma import grow
 from infini.kernels.outer import added_up, pieces_of, sum_outer
 from infini.kernels.parts import (
     add_rows,
@@ -148,7 +150,8 @@ def write_delta(
     floor: float,
     bounds: Tensor | None = None,
     fresh: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gamma: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Write segment after segment, equation (5) of arXiv:2404.07143: `memory.write_segments`.
 
     Args:
@@ -156,32 +159,41 @@ def write_delta(
             `write_linear`.
         has_memory: bool `[b, slots]`, whether anything was written before a segment; None: everywhere.
         floor: smallest denominator sigma(k).z.
+        gamma: the rule is `gamma_delta`.
 
     Returns:
-        M `[b, slots, g, d, d]` and z `[b, slots, g, d]` before each segment, M and z after the last written one.
+        M `[b, slots, g, d, d]` and z `[b, slots, g, d]` before each segment, M and z after the last written one; of `gamma_delta`
+        the share of each key with which z grows, `[b, tokens, g]`, which has no gradient, otherwise nothing.
     """
     k, v = last_axis_contiguous(k), last_axis_contiguous(v)
     strength, has_memory, fresh = None if strength is None else strength.contiguous(), as_bytes(has_memory), as_bytes(fresh)
     matrices, normalizers = sum_outer(
         k, v, strength, None, scale, bias, k.shape[2], offset, written, slots, segment_length, eps, bounds=bounds
     )
-    z_before, z_after = scan(normalizers, normalizer, written, in_place=True, fresh=fresh)
+    if gamma:
+        z_before, z_after, new_part = grow(
+            k, strength, scale, bias, normalizer, offset, written, slots, segment_length, eps, bounds, fresh
+        )
+    else:
+        z_before, z_after = scan(normalizers, normalizer, written, in_place=True, fresh=fresh)
+        new_part = normalizer.new_empty(0)
     grams = gram_sums(k, strength, scale, bias, z_before, has_memory, offset, written, segment_length, eps, floor, bounds=bounds)
     before, after = affine_scan(matrices, grams, matrix, written, in_place=True, fresh=fresh)
-    return before, z_before, after, z_after
+    return before, z_before, after, z_after, new_part
 
 
 @write_delta.register_fake
 def _(
     k, v, strength, scale, bias, matrix, normalizer, has_memory,
-    offset, written, slots, segment_length, eps, floor, bounds=None, fresh=None,
+    offset, written, slots, segment_length, eps, floor, bounds=None, fresh=None, gamma=False,
 ):  # fmt: skip
-    batch, _, groups, dim = k.shape
+    batch, length, groups, dim = k.shape
     return (
         matrix.new_empty(batch, slots, groups, dim, dim),
         matrix.new_empty(batch, slots, groups, dim),
         matrix.new_empty(batch, groups, dim, dim),
         matrix.new_empty(batch, groups, dim),
+        matrix.new_empty((batch, length, groups) if gamma else 0),
     )
 
 
@@ -206,7 +218,6 @@ def gram_backward_kernel(
     rows, columns = tl.arange(0, BT), tl.arange(0, BD)
     inside = true_below(columns, D, D == BD)
     first, last = tokens_of(segment, part, segment_length, PART, offset, length, bounds, b * segments + segment, RAGGED)
-    has = load_has(has_memory, b * slots + segment, MASKED)
     readable = filled(inside, has_memory, b * slots + segment, MASKED)
     z = tl.load(normalizers + ((b * slots + segment) * groups + group) * D + columns, mask=readable, other=0.0)
     memory = (b * segments + segment) * groups + group
@@ -224,7 +235,7 @@ def gram_backward_kernel(
         w = load_strength(strength, place, valid, BT, WEIGHTED)
         denominator = tl.sum(rounded(sigma, EXACT) * z[None, :], axis=1)
         held = denominator >= floor
-        inverse_d = has * reciprocal(tl.maximum(denominator, floor))
+        inverse_d = reciprocal(tl.maximum(denominator, floor))
         if BV == BD:
             e = looked_up(sigma, high, low, BT, BD, TURNED, EXACT)
         else:
@@ -283,6 +294,7 @@ def write_delta_backward(
     scale: Tensor | None,
     bias: Tensor | None,
     has_memory: Tensor | None,
+    new_part: Tensor | None,
     before: Tensor,
     z_before: Tensor,
     d_before: Tensor,
@@ -317,14 +329,14 @@ def write_delta_backward(
     d_normalizers, d_normalizer = scan(d_normalizers, dz_after, slots, in_place=True, reverse=True, fresh=fresh)
     d_scale, d_bias = backward_of_sums(
         k, v, strength, scale, bias, d_matrices, d_normalizers, dk, dv, d_strength, offset, written, segment_length, eps,
-        add=True, bounds=bounds,
+        add=True, bounds=bounds, new_part=new_part,
     )  # fmt: skip
     return dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer
 
 
 @write_delta_backward.register_fake
 def _(
-    k, v, strength, scale, bias, has_memory, before, z_before, d_before, dz_before, d_after, dz_after,
+    k, v, strength, scale, bias, has_memory, new_part, before, z_before, d_before, dz_before, d_after, dz_after,
     offset, written, segment_length, eps, floor, bounds=None, fresh=None,
 ):  # fmt: skip
     none = d_after.new_empty(0)
@@ -340,12 +352,14 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *given, ctx.offset, ctx.written, _, ctx.segment_length, ctx.eps, ctx.floor, bounds, fresh = inputs
+    *given, ctx.offset, ctx.written, _, ctx.segment_length, ctx.eps, ctx.floor, bounds, fresh, gamma = inputs
     k, v, strength, scale, bias, _, _, has_memory = given
-    ctx.save_for_backward(k, v, strength, scale, bias, has_memory, *output[:2], bounds, fresh)
+    before, z_before, _, _, new_part = output
+    ctx.mark_non_differentiable(new_part)
+    ctx.save_for_backward(k, v, strength, scale, bias, has_memory, new_part if gamma else None, before, z_before, bounds, fresh)
 
 
-def _backward(ctx, d_before, dz_before, d_after, dz_after):
+def _backward(ctx, d_before, dz_before, d_after, dz_after, _):
     *saved, bounds, fresh = ctx.saved_tensors
     dk, dv, d_strength, d_scale, d_bias, d_matrix, d_normalizer = write_delta_backward(
         *saved, d_before, dz_before, d_after, dz_after, ctx.offset, ctx.written, ctx.segment_length, ctx.eps, ctx.floor, bounds, fresh
@@ -358,7 +372,7 @@ def _backward(ctx, d_before, dz_before, d_after, dz_after):
         None if saved[4] is None else d_bias,
         d_matrix,
         d_normalizer,
-        *[None] * 9,
+        *[None] * 10,
     )
 
 

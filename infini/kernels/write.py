@@ -89,15 +89,17 @@ def _(k, v, strength, scale, bias, matrix, normalizer, offset, written, slots, s
 
 @triton.jit(do_not_specialize=["length", "offset", "segments", "slots"])
 def write_backward_kernel(
-    k, v, strength, scale, bias, bounds, d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
+    k, v, strength, new_part, scale, bias, bounds, d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
     k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head,
     length, offset, segments, slots, parts, segment_length, groups, eps,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr, AHEAD: tl.constexpr, TURNED: tl.constexpr,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, RAGGED: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, PARTLY: tl.constexpr, ADD: tl.constexpr, RAGGED: tl.constexpr,
+    WHOLE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: a part of one segment of one memory. dv = f dM; the gradient of f = w sigma is e = v dM^T + dz, that of w sigma.e.
 
+    PARTLY: only the share `new_part` of f is in z, and e = v dM^T + c dz.
     ADD: `dk` and `d_strength` hold a gradient of the features and of the strengths, which is added.
     """
     program = tl.program_id(0)
@@ -118,11 +120,13 @@ def write_backward_kernel(
         normal, inverse = normalized(x, eps, D, NORM)
         sigma, slope = features(normal, key_scale, key_bias, valid, NORM)
         dk_at = at(dk, b, dk_batch, start, dk_token, group, dk_head)
+        place = (b * length + start + rows) * groups + group
         w = tl.full([BT], 1.0, tl.float32)
         if WEIGHTED:
-            place = (b * length + start + rows) * groups + group
             w = tl.load(strength + place, mask=valid, other=0.0)
         d_sigma = tl.zeros([BT, BD], tl.float32) + dz[None, :]
+        if PARTLY:
+            d_sigma *= tl.load(new_part + place, mask=valid, other=0.0)[:, None]
         for block in tl.range(0, BD // BV, num_stages=1):
             wide = block * BV + tl.arange(0, BV)
             inside_wide = true_below(wide, D, D == BD)
@@ -212,6 +216,7 @@ def backward_of_sums(
     add: bool = False,
     tiles: Tiles | None = None,
     bounds: Tensor | None = None,
+    new_part: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From the gradients of every segment's sums to dk, dv and d_strength, which are filled, and those of scale and bias.
 
@@ -220,6 +225,7 @@ def backward_of_sums(
         add: dk and d_strength hold gradients of features and strengths, which are added.
         tiles: None: those of the table.
         bounds: as of `write_linear`.
+        new_part: fp32 `[b, tokens, g]`, the share of each key that z grew by; None: all of it.
     """
     batch, length, groups, dim = k.shape
     exact, norm = is_exact(k, v), scale is not None
@@ -229,12 +235,12 @@ def backward_of_sums(
     d_scale, d_bias = (torch.empty(sums, dtype=torch.float32, device=k.device) for _ in range(2))
     with on_device_of(k):
         write_backward_kernel[(batch * written * parts * groups,)](
-            k, v, strength if strength is not None else k, scale if norm else k, bias if norm else k,
-            k if bounds is None else bounds, d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
+            k, v, strength if strength is not None else k, k if new_part is None else new_part, scale if norm else k,
+            bias if norm else k, k if bounds is None else bounds, d_matrices, d_normalizers, dk, dv, d_strength, d_scale, d_bias,
             *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3],
             length, offset, written, d_matrices.shape[1], parts, segment_length, groups, eps,
             D=dim, BD=tiles.BD, BV=tiles.BV, BT=tiles.BT, PART=part, ROWS=tiles.rows, AHEAD=tiles.loop_stages,
-            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, ADD=add, RAGGED=bounds is not None,
+            TURNED=tiles.turned, NORM=norm, WEIGHTED=strength is not None, PARTLY=new_part is not None, ADD=add, RAGGED=bounds is not None,
             WHOLE=whole(length, offset, written, segment_length, part, tiles, bounds), EXACT=exact, **tiles.options,
         )  # fmt: skip
     if norm:

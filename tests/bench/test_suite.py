@@ -221,7 +221,7 @@ def test_settings_that_make_no_sense_are_refused(changes, words):
         dataclasses.replace(SMALL, **changes)
 
 
-@pytest.mark.parametrize("variant", ["gated", "delta", "deltanet"])
+@pytest.mark.parametrize("variant", ["gated", "delta", "gamma_delta", "deltanet"])
 def test_every_kernel_alone_equals_its_plain_twin(variant, kernel_device):
     """Also with other tiles, in every way that a kernel has."""
     case = Case(Shape(1, 64, 32, 4, 2, 16, variant), kernel_device)

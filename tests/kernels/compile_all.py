@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 from infini.kernels.choice import LARGEST_HEAD
 from infini.kernels.delta import gram_backward_kernel, gram_kernel
 from infini.kernels.deltanet import chunks_backward_kernel, map_kernel, prepare_backward_kernel, prepare_kernel
+from infini.kernels.gamma import gamma_kernel
 from infini.kernels.local import local_kernel, local_keys_kernel, local_queries_kernel
 from infini.kernels.outer import outer_kernel
 from infini.kernels.read import read_backward_kernel, read_kernel
@@ -29,6 +30,7 @@ KERNELS = {
     "scan": (scan_kernel, "outer"),
     "gram": (gram_kernel, "gram"),
     "gram_backward": (gram_backward_kernel, "gram_backward"),
+    "gamma": (gamma_kernel, "outer"),
     "affine": (affine_kernel, "outer"),
     "affine_few": (affine_kernel, "outer"),
 }
@@ -42,12 +44,12 @@ KERNELS |= {
 }
 KERNELS |= {name: (kernel, name) for name, kernel in zip(LOCAL, (local_kernel, local_queries_kernel, local_keys_kernel), strict=True)}
 AFFINE = {"affine", "affine_few"}
-DELTA = {"gram", "gram_backward", *AFFINE}
+DELTA = {"gram", "gram_backward", "gamma", *AFFINE}
 OF_DELTANET = {*DELTANET, "read_deltanet_backward"}
 INPUTS = {"x", "y", "k", "v", "q", "local", "mixed", "d_mixed", "dk", "dv", "dq", "d_local", "out", "d_out"}
 NUMBERS = {"length", "offset", "segments", "slots", "parts", "segment_length", "groups", "heads", "filled", "mapped", "pieces", "columns", "chunks"}
-NUMBERS |= {"tokens", "history", "span"}
-FACTORS = {"eps", "floor", "to_exponent", "to_score"}
+NUMBERS |= {"tokens", "history", "span", "written"}
+FACTORS = {"eps", "floor", "smallest", "to_exponent", "to_score"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -62,7 +64,7 @@ def compiled(name, dim, dtype, capability, shared, tiles=None, ragged=False):
     choices = {"D": dim, "BD": tiles.BD, "BV": tiles.BV, "BT": tiles.BT, "PART": 256, "SHARED_BY": 2, "NORM": True, "N": tiles.BT}
     choices |= {"ROWS": tiles.rows, "AHEAD": tiles.loop_stages, "FUSED": tiles.fused, "TURNED": tiles.turned, "HEADS": 2 if tiles.fused else 1}
     choices |= {"WEIGHTS": 2, "WEIGHTED": True, "MASKED": True, "MIX_EMPTY": False, "RAGGED": ragged, "FRESH": ragged, "EXACT": exact}
-    choices |= {"WHOLE": not ragged}
+    choices |= {"WHOLE": not ragged, "PARTLY": True}
     choices |= {"REVERSE": False, "TRANSPOSED": True, "BLOCK": 256, "ADD": True}
     warps = WARPS if name in AFFINE else tiles.warps
     if name in AFFINE:

@@ -12,7 +12,7 @@ ROWS = 2
 
 
 def draw(chance):
-    rule, length = chance.choice(["linear", "delta", "deltanet"]), chance.choice([3, 7])
+    rule, length = chance.choice(["linear", "delta", "gamma_delta", "deltanet"]), chance.choice([3, 7])
     shape = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "initializer_range": 0.5}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": chance.choice([1, 2]), "head_dim": 16, "segment_length": length}
     shape |= {"update_rule": rule, "write_gate": chance.random() < 0.5, "qk_norm": rule != "deltanet" and chance.random() < 0.5}

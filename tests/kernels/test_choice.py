@@ -14,6 +14,7 @@ CASE = {"update_rule": "linear", "feature_map": "elu", "head_dim": 64, "traced":
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GATED = {"update_rule": "deltanet", "feature_map": "none", "write_gate": True, "local_attention": "sliding"}
 LONG = {"write_gate": True, "qk_norm": True, "local_attention": "sliding"}
+RULES = {"paper": {}, "long": LONG, "delta": LONG | {"update_rule": "delta"}, "gamma": LONG | {"update_rule": "gamma_delta"}, "deltanet": GATED}
 
 
 def make(backend, device, **changes):
@@ -30,7 +31,6 @@ def make(backend, device, **changes):
 @pytest.mark.parametrize(
     ("changes", "dtype", "why"),
     [
-        ({"update_rule": "gamma_delta"}, torch.float32, "not for 'gamma_delta' with 'elu'"),
         ({"update_rule": "delta", "head_dim": 130}, torch.float32, "128 wide with update_rule 'delta', not 130"),
         ({"feature_map": "dpfp"}, torch.float32, "not for 'linear' with 'dpfp'"),
         ({"head_dim": 258}, torch.float32, "256 wide with update_rule 'linear', not 258"),
@@ -95,7 +95,7 @@ class Spy:
         return call
 
 
-@pytest.mark.parametrize("changes", [{}, LONG, {"update_rule": "delta"} | LONG, GATED], ids=["paper", "long", "delta", "deltanet"])
+@pytest.mark.parametrize("changes", RULES.values(), ids=RULES)
 def test_logits_state_and_gradients_of_a_model(changes, kernel_device, monkeypatch):
     """A first piece that ends inside a segment, then one that fills it and opens another."""
     spy = Spy(monkeypatch)
@@ -130,7 +130,7 @@ def rows_that_differ(device):
         yield tokens.to(device), {"padding": padding.to(device), "reset": reset.to(device)}
 
 
-@pytest.mark.parametrize("changes", [{}, LONG, {"update_rule": "delta"} | LONG, GATED], ids=["paper", "long", "delta", "deltanet"])
+@pytest.mark.parametrize("changes", RULES.values(), ids=RULES)
 def test_rows_that_differ(changes, kernel_device, monkeypatch):
     spy = Spy(monkeypatch)
 
@@ -169,7 +169,7 @@ def test_token_by_token(kernel_device, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "gamma_delta", "deltanet"])
 def test_the_map_that_a_text_lays_on_the_memory(rule, kernel_device):
     """It begins inside a segment; of `delta` the first write of an empty memory erases nothing. At the end one row gets a new document."""
     tokens, found = torch.randint(256, (2, 61), device=kernel_device), {}

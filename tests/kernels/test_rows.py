@@ -155,7 +155,8 @@ def by_reference(layout, layer, x):
             return reference.update_deltanet(keys, w, values, M), z
         if layout.rule == "linear":
             return reference.update_linear(sigma(keys, "key", g), w, values, M, z)
-        return reference.update_delta(sigma(keys, "key", g), w, values, M, z, empty)
+        update = {"delta": reference.update_delta, "gamma_delta": reference.update_gamma_delta}[layout.rule]
+        return update(sigma(keys, "key", g), w, values, M, z, empty)
 
     for b in range(layout.rows):
         length = int(layout.real[b].sum())
@@ -236,8 +237,8 @@ BASIC = {
         39, ((0, 0), (2, 11), (2, 27)), (39, 0, 36, 25), (13, 9, 9, 0), (True, False, True, True), segment=16, history=30
     ),
 }
-LAYOUTS = {f"{rule}-{name}": replace(layout, rule=rule) for name, layout in BASIC.items() for rule in ("linear", "delta", "deltanet")}
-del LAYOUTS["delta-padding"], LAYOUTS["deltanet-padding"]  # drawn ones are padded too
+LAYOUTS = {f"{rule}-{name}": replace(layout, rule=rule) for name, layout in BASIC.items() for rule in ("linear", "delta", "gamma_delta", "deltanet")}
+del LAYOUTS["delta-padding"], LAYOUTS["gamma_delta-padding"], LAYOUTS["deltanet-padding"]  # drawn ones are padded too
 LAYOUTS |= {f"{rule}-drawn-{seed}": drawn(seed, rule=rule) for seed, rule in enumerate(("linear", "delta", "deltanet") * 2)}
 LAYOUTS |= {
     "paper": replace(BASIC["open"], long=False),
@@ -251,7 +252,7 @@ LAYOUTS |= {
 }
 LAYOUTS["delta-many-parts"] = replace(LAYOUTS["many-parts"], rule="delta")
 RUNS = [(name, "float32") for name in LAYOUTS]
-RUNS += [(f"{rule}-open", "bfloat16") for rule in ("linear", "delta", "deltanet")] + [("linear-open", "float16")]
+RUNS += [(f"{rule}-open", "bfloat16") for rule in ("linear", "delta", "gamma_delta", "deltanet")] + [("linear-open", "float16")]
 
 
 @pytest.mark.parametrize(("name", "dtype"), RUNS)
@@ -283,7 +284,7 @@ def test_a_document_in_a_row_is_the_document_alone(rule, kernel_device):
         assert_witnessed(name, mine, other, true)
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "gamma_delta", "deltanet"])
 def test_what_a_new_document_drops_need_not_be_finite(rule, kernel_device):
     """Neither in the memory nor in the gradients that go back to it."""
     layout = Layout(30, ((0, 0), (1, 0)), opened=(3, 0), started=(True, True), segment=10, history=12, rule=rule)
@@ -356,7 +357,9 @@ FULL = {
     "wide": Layout(4096, packed(4096, 900, 2, 3), None, (0, 0), (False, False), 512, 0, 4, 1, 256),
     "long-segment": Layout(20000, packed(20000, 15000, 2, 4), None, (5000, 0), (True, True), 8192, 8191, 2, 1, 128),
 }
-FULL |= {f"{rule}-{name}": replace(layout, rule=rule) for name, layout in FULL.items() if name != "wide" for rule in ("delta", "deltanet")}
+LINEAR = {name: layout for name, layout in FULL.items() if name != "wide"}
+FULL |= {f"{rule}-{name}": replace(layout, rule=rule) for name, layout in LINEAR.items() for rule in ("delta", "deltanet")}
+FULL["gamma-shipped"] = replace(FULL["shipped"], rule="gamma_delta")
 
 
 @pytest.mark.gpu

@@ -101,7 +101,7 @@ def by_kernels(case, leaves):
         if case.rule == "linear":
             M, z, M_after, z_after = write_linear(*given, *places)
         else:
-            M, z, M_after, z_after = write_delta(*given, has, *places, FLOOR)
+            M, z, M_after, z_after, _ = write_delta(*given, has, *places, FLOOR, gamma=case.rule == "gamma_delta")
     mixed = read_and_mix(
         leaves["q"], leaves["local"], M, z, leaves["beta"], get("query_scale"), get("query_bias"), has,
         -case.opened, case.segment, case.mix_empty, EPS, FLOOR,
@@ -176,7 +176,8 @@ def by_reference(case, leaves):
                     elif case.rule == "linear":
                         M, z = reference.update_linear(keys, w, values, M, z)
                     else:
-                        M, z = reference.update_delta(keys, w, values, M, z, empty)
+                        update = {"delta": reference.update_delta, "gamma_delta": reference.update_gamma_delta}[case.rule]
+                        M, z = update(keys, w, values, M, z, empty)
                     empty = False
             states.append((M, z))
         rows.append(torch.stack([torch.cat(heads[h]) for h in range(case.heads)], dim=1))
@@ -219,6 +220,7 @@ CASES |= {
 CASES["deltanet-inside-one-segment"] = replace(CASES["inside-one-segment"], rule="deltanet", norm=False)
 CASES["deltanet-mix-empty"] = replace(CASES["mix-empty"], rule="deltanet", norm=False)
 CASES["deltanet-chunks"] = Case(16, heads=2, groups=2, segment=75, tokens=160, history=20, opened=9, norm=False, rule="deltanet")
+CASES |= {f"gamma-{name}": replace(CASES[name], rule="gamma_delta") for name in ("paper", "long", "open-both-ends", "uneven-head", "many-parts")}
 CASES["delta-widest"] = Case(128, heads=1, groups=1, tokens=40, segment=16, rule="delta")
 
 
@@ -226,6 +228,7 @@ CASES["delta-widest"] = Case(128, heads=1, groups=1, tokens=40, segment=16, rule
 RUNS = [(name, "float32") for name in CASES]
 RUNS += [("long", "bfloat16"), ("open-both-ends", "bfloat16"), ("wide-blocks", "bfloat16"), ("open-both-ends", "float16")]
 RUNS += [(f"delta-{name}", "bfloat16") for name in ("long", "open-both-ends", "widest")] + [("delta-open-both-ends", "float16")]
+RUNS += [("gamma-long", "bfloat16"), ("gamma-open-both-ends", "float16")]
 RUNS += [("deltanet-chunks", "bfloat16"), ("deltanet-long", "bfloat16"), ("deltanet-open-both-ends", "float16")]
 
 
@@ -288,7 +291,7 @@ def test_strided_inputs_are_read_in_place(kernel_device):
         assert torch.equal(x, found[key])
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta", "deltanet"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "gamma_delta", "deltanet"])
 def test_a_backward_pass_under_autocast_is_no_other(rule, kernel_device):
     case = replace(CASES["fills-exactly"], rule=rule, norm=False)
     leaves = {name: x.requires_grad_() for name, x in case.leaves(torch.float32, kernel_device).items()}
@@ -312,10 +315,11 @@ def arguments(device):
     M = write_deltanet(*deltanet)[0].detach().requires_grad_()
     looks = (x["q"], x["local"], M, x["query_scale"][0].detach().requires_grad_(), x["beta"], has, 0, 8, False, EPS)
     found = {"write": (write_linear, write), "delta": (write_delta, delta), "read": (read_and_mix, read)}
+    found["gamma_delta"] = write_delta, (*delta, None, None, True)
     return found | {"deltanet": (write_deltanet, deltanet), "read_deltanet": (read_deltanet, looks)}
 
 
-@pytest.mark.parametrize("which", ["write", "delta", "read", "deltanet", "read_deltanet"])
+@pytest.mark.parametrize("which", ["write", "delta", "gamma_delta", "read", "deltanet", "read_deltanet"])
 @pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 def test_operators_are_registered_in_full(which, kernel_device):
     """Schema, fake tensors, autograd, and both traced with symbols for shapes."""
@@ -332,6 +336,7 @@ GPU_CASES = {
     "long-segment": Case(128, heads=2, groups=1, segment=8192, tokens=20000, history=8191, opened=5000),
 }
 GPU_CASES |= {f"deltanet-{name}": replace(case, rule="deltanet", norm=False) for name, case in GPU_CASES.items() if name != "wide"}
+GPU_CASES |= {f"gamma-{name}": replace(GPU_CASES[name], rule="gamma_delta") for name in ("shipped", "paper", "uneven")}
 GPU_CASES |= {f"delta-{name}": replace(case, rule="delta") for name, case in GPU_CASES.items() if name != "wide" and case.rule == "linear"}
 
 
