@@ -45,7 +45,8 @@ def gamma_kernel(
                 f *= tl.load(strength + token, mask=valid, other=0.0)[:, None]
             # The features that M and z are sums of. Those of columns that pad a head are no one's.
             f = tl.where(inside[None, :], rounded(f, EXACT), 0.0)
-            c = 1.0 - tl.sum(f * z[None, :], axis=1) / tl.maximum(tl.sum(f * f, axis=1), smallest)
+            # 1 - z.f / |f|^2 by one sum: what is left of 1 keeps its digits, and an approximate division its relative error.
+            c = tl.sum(f * (f - z[None, :]), axis=1) / tl.maximum(tl.sum(f * f, axis=1), smallest)
             c = tl.minimum(tl.maximum(c, 0.0), 1.0)
             tl.store(new_part + token, c, mask=valid)
             grown = add_rows(grown, c[:, None] * f, BT, ROWS, BD)

@@ -36,6 +36,7 @@ class Case:
     gate: bool = True
     norm: bool = True
     started: bool = True
+    summed: int = 1  # keys in the normalizer that is there
     mix_empty: bool = False
     rule: str = "linear"
 
@@ -74,7 +75,7 @@ class Case:
         if self.rule == "deltanet":
             made["read_norm"] = random(self.dim, to=torch.float32, scale=0.3, shift=1.0)
         else:
-            made["z"] = (random(self.rows, self.groups, self.dim, to=torch.float32).abs() + 1) * self.started
+            made["z"] = (random(self.rows, self.groups, self.dim, to=torch.float32).abs() + 1) * self.started * self.summed
         if self.gate:
             made["w"] = random(self.rows, line, self.groups, to=torch.float32).sigmoid()
         if self.norm:
@@ -337,6 +338,9 @@ GPU_CASES = {
 }
 GPU_CASES |= {f"deltanet-{name}": replace(case, rule="deltanet", norm=False) for name, case in GPU_CASES.items() if name != "wide"}
 GPU_CASES |= {f"gamma-{name}": replace(GPU_CASES[name], rule="gamma_delta") for name in ("shipped", "paper", "uneven")}
+# Behind a normalizer of fewer keys than a segment has, the memory of gamma_delta grows from segment to segment; two of them show its shares of keys.
+GPU_CASES |= {f"gamma-{name}": replace(GPU_CASES[f"gamma-{name}"], summed=GPU_CASES[name].segment) for name in ("shipped", "uneven")}
+GPU_CASES["gamma-early"] = Case(128, heads=4, groups=2, segment=256, tokens=600, rows=2, rule="gamma_delta")
 GPU_CASES |= {f"delta-{name}": replace(case, rule="delta") for name, case in GPU_CASES.items() if name != "wide" and case.rule == "linear"}
 
 
