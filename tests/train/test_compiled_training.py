@@ -18,6 +18,7 @@ from baselines.rmt.model import RecurrentMemoryTransformer
 from baselines.transformer_xl.model import TransformerXL
 from infini import InfiniConfig, InfiniTransformer
 from infini.data.batch import Batch, Gap
+from infini.errors import InputError
 from infini.train import TrainSettings, train
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
@@ -186,3 +187,12 @@ def test_every_model_compiles_what_stands_around_its_attention(name, graphs, tmp
     assert sum(count for step, count in told if step in (3, 5)) == with_documents
     assert len(graphs) == first + with_documents
     assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
+
+
+def test_a_machine_without_a_compiler_is_told(tmp_path):
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        torch._dynamo.reset()
+        with pytest.raises(InputError, match=r"compile is true, but torch's compiler fails here \(.*no-such-compiler.*train\.compile=false"):
+            run(infini(), Mixed(SEVERAL), tmp_path, compile=True)
