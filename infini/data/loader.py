@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 import torch
@@ -25,8 +25,8 @@ class BatchSource(Protocol):
 
 def load_batches(
     source: BatchSource, start: int, stop: int, *, workers: int = 0, pin_memory: bool = False
-) -> Iterator[Batch]:
-    """Yield ``source[start]`` to ``source[stop - 1]`` in order.
+) -> Generator[Batch, None, None]:
+    """Yield ``source[start]`` to ``source[stop - 1]`` in order; ``close()`` lets go of the workers.
 
     Because a batch depends on its index alone, any number of workers gives the same batches, and
     a run that resumes at ``start`` meets exactly the data that an uninterrupted one would.
@@ -57,7 +57,7 @@ def load_batches(
         # Its own generator: starting the workers must not advance the random state of training.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    yield from loader
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:

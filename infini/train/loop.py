@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -166,7 +167,7 @@ def _run_steps(
     called = _in_precision(model, device, settings.precision)
     schedule = _schedule(settings, model.config.segment_length)
     gates = GateWatch(model)
-    data = load_batches(
+    batches_ahead = load_batches(
         source,
         progress.step * settings.accumulation,
         settings.steps * settings.accumulation,
@@ -185,7 +186,8 @@ def _run_steps(
     weights = settings.token_weight, settings.answer_weight
     window = Window(*weights)
 
-    with StopRequest() as stop, CompileWatch(settings.compile) as compiler, bar:
+    # Closed whatever happens: an error keeps this frame, and the process would wait at its end for workers that nobody let go of.
+    with closing(batches_ahead) as data, StopRequest() as stop, CompileWatch(settings.compile) as compiler, bar:
         while progress.step < settings.steps and not held_out.over(progress):
             batches = [next(data) for _ in range(settings.accumulation)]
             rate = learning_rate_at(progress.step, settings)

@@ -30,8 +30,15 @@ class MetricsLog:
         self._file = self._path.open("a")
 
     def write(self, row: dict) -> None:
-        """Append one row; it must have the key ``step``. NaN is refused, JSON has no such number."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        """Append one row; it must have the key ``step``. NaN and infinity are an InputError, JSON has no such numbers."""
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError as error:
+            raise InputError(
+                f"a number measured after step {row['step']} is not finite: lower learning_rate or clip, or use precision=fp32; "
+                "no checkpoint was written since, the last one is sound"
+            ) from error
+        self._file.write(line + "\n")
         self._file.flush()
         if self._events:
             for name, value in row.items():

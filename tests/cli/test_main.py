@@ -196,6 +196,23 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["train.learning_rate=1e30", "train.clip=1e30"], "a number measured after step 1 is not finite"),
+        (["train.learning_rate=1e3", "train.clip=1e30", "train.log_every=1"], "became (nan|inf) in step"),
+    ],
+    ids=["probe", "step"],
+)
+def test_a_training_that_diverges_ends_though_it_has_workers(changes, told, tmp_path):
+    result = subprocess.run(
+        [*COMMAND, "train", "debug=tiny", "output=run", "train.steps=1000", "train.warmup_steps=1", "train.workers=1", *changes],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 2 and re.search(f"error: .*{told}.*lower learning_rate", result.stderr), result.stderr
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
 def test_a_passkey_run_that_a_scheduler_stops_says_so_and_keeps_its_cells(checkpoint, tmp_path):
     command = [*COMMAND, "passkey", f"checkpoint={checkpoint}", "lengths=[320,100000000]", "depths=[0]", "device=cpu", "output=out"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
