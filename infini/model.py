@@ -1,5 +1,6 @@
 """InfiniTransformer: a LLaMA-like decoder whose attention carries a compressive memory."""
 
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -206,10 +207,15 @@ class InfiniTransformer(Decoder):
         numbers = config.num_key_value_heads * features * (config.head_dim + (config.update_rule != "deltanet"))
         return numbers * sum(config.has_memory)
 
+    @cached_property
+    def _held(self) -> list[set[str]]:
+        """The tensors that a state has, by layer."""
+        return [set(layer.tensors()) for layer in self.init_state(1, "meta").layers]
+
     def _check_state(self, state: InfiniState, tokens: Tensor) -> None:
         super()._check_state(state, tokens)
-        # A layer whose memory is lost would begin with an empty one.
-        if tuple(layer.memory is not None for layer in state.layers) != self.config.has_memory:
+        # A layer whose memory or recent inputs are lost would begin with empty ones.
+        if [set(layer.tensors()) for layer in state.layers] != self._held:
             raise InputError("the state has lost layers or memories on its way; take it from a call of the model, or from its file anew")
         self.check_precision(state)
 

@@ -87,14 +87,18 @@ class Sweep:
         return rows
 
     def best(self) -> list[Setting]:
-        """For each row the rate at which most seeds finished, among those the one with the best mean of `pick` over its seeds, of equals the
+        """For each row the rate at which most seeds have `pick` (of equals, finished), among those the one with its best mean, of equals the
         one nearest to the middle of the row's rates."""
         return [self._best(row) for row in self.rates().values()]
 
     def picked_by(self, setting: Setting) -> float | None:
         """The mean over seeds of what the rate is picked by; None where no seed has it."""
-        found = [value for run in setting.finished if (value := validation(run, self.pick)) is not None]
+        found = self.pick_of(setting)
         return math.fsum(found) / len(found) if found else None
+
+    def pick_of(self, setting: Setting) -> list[float]:
+        """What the rate is picked by, of each seed that has it."""
+        return [value for run in setting.finished if (value := validation(run, self.pick)) is not None]
 
     def evaluations(self) -> list[str]:
         """Names of the evaluations, without the one that picks the rate: it is no test any more."""
@@ -105,12 +109,12 @@ class Sweep:
         middle = (len(row) - 1) / 2
         return max(enumerate(row), key=lambda placed: (*self._rank(placed[1]), -abs(placed[0] - middle)))[1]
 
-    def _rank(self, setting: Setting) -> tuple[int, float]:
+    def _rank(self, setting: Setting) -> tuple[int, int, float]:
         value = self.picked_by(setting)
         if value is None:
-            return -1, 0.0
+            return -1, 0, 0.0
         larger = self.pick.rpartition("/")[2] in LARGER_IS_BETTER
-        return len(setting.finished), value if larger else -value
+        return len(self.pick_of(setting)), len(setting.finished), value if larger else -value
 
 
 def gather(folder: Path, pick: str = PICK, tuned: str = TUNED) -> Sweep:

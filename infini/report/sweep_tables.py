@@ -86,9 +86,9 @@ def rates_table(sweep: Sweep) -> str:
         lines.append([*best.values, *cells, edge])
     better = "highest" if sweep.pick.rpartition("/")[2] in LARGER_IS_BETTER else "lowest"
     rule = (
-        f"Picked for each row (bold): the rate at which most seeds finished, among those the one with the {better} mean `{sweep.pick}` "
-        "over its seeds, shown here with the number of seeds; of equals the one nearest to the middle of the grid. No number of the tables "
-        "below takes part."
+        f"Picked for each row (bold): the rate at which most seeds were measured (of equals, finished), among those the one with the {better} "
+        f"mean `{sweep.pick}` over its seeds, shown here with the number of seeds; of equals the one nearest to the middle of the grid. "
+        "No number of the tables below takes part."
     )
     return f"## Learning rates\n\n{_table([*sweep.keys, *rates, 'at the edge of the grid'], lines)}\n{rule}"
 
@@ -228,7 +228,7 @@ def _bits_per_byte(setting: Setting) -> list[float]:
 def _picked(sweep: Sweep, setting: Setting | None, best: bool) -> str:
     if setting is None:
         return NONE
-    value, seeds = sweep.picked_by(setting), f"{len(setting.finished)} of {len(setting.runs)}"
+    value, seeds = sweep.picked_by(setting), _seeds(setting, len(sweep.pick_of(setting)))
     text = seeds if value is None else f"{value:.4g} ({seeds})"
     return f"**{text}**" if best and value is not None else text
 

@@ -44,7 +44,8 @@ class FinishedCells:
         _write(self._path(length, depth), cell)
 
     def _path(self, length: int, depth: float) -> Path:
-        return self._folder / f"{length}-{depth:g}.json"
+        short = f"{depth:g}"
+        return self._folder / f"{length}-{short if float(short) == depth else repr(depth)}.json"
 
 
 def _refuse_another(output: Path, theirs: dict, mine: dict) -> None:

@@ -11,9 +11,11 @@ from infini.tasks.booksum.prompt import END, SUMMARY_PROMPT
 
 from infini.cli.compose import compose
 from infini.cli.main import main
-from infini.report.booksum import booksum_table, cloze, gap, rows_at, score, variants, worth
+from infini.report.booksum import _by_distance, booksum_table, cloze, gap, rows_at, score, variants, worth
 from infini.report.booksum_page import booksum_page
+from infini.report.booksum_sweep import books_table
 from infini.report.render import render
+from infini.report.sweep import Run, Setting, Sweep
 
 SHAPE = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.segment_length=32"]
 LEAVE = ["~task.min_segments", "~task.max_segments", "~task.tokens_per_batch"]
@@ -249,3 +251,39 @@ def test_training_begins_with_the_weights_of_another_run(trained, capsys):
     assert "runs/more holds a run with" in capsys.readouterr().err
     assert main([*longer[:-1], "model.rope_theta=500", "output=runs/other"]) == 2
     assert "model.rope_theta is 500.0, but the weights in runs/books/model are of a model with 10000.0" in capsys.readouterr().err
+
+
+def test_a_book_that_ends_at_the_length_counts():
+    rows = [row("a", None, input_tokens=10), row("b", None, input_tokens=11)]
+    assert [one["pair"] for one in rows_at(rows, 10)] == ["a"]
+
+
+def test_shares_of_questions_are_no_narrower_than_wilsons_either():
+    """Two books, each 10 of 20 right: resampled they have no width; Wilson's interval of 20 of 40 by hand."""
+    rows = [row(book, None, beyond={"questions": 20, "right": 10.0, "turned": 5.0, "margin": 0.0}) for book in "ab"]
+    assert cloze(rows)["accuracy"] == pytest.approx((0.5, 0.35199, 0.64801), abs=1e-4)
+
+
+def test_a_memory_is_worth_what_it_adds_to_the_same_book():
+    ours, theirs = ([row(book, None, nll=nll, nll_wrong=nll + more, summary_tokens=10) for book, nll in order] for order, more in (
+        ((("a", 1.0), ("b", 2.0)), 9.0), ((("c", 4.0), ("b", 8.0)), 4.0),
+    ))  # fmt: skip
+    assert worth(ours, theirs)["gap"] == (0.5, None, None)  # b alone: (9 - 4) / 10
+
+
+def test_a_sweep_keeps_every_seed_of_a_book_and_the_whole_book_alone():
+    def run(seed):
+        rows = [row(book, None, input_tokens=9000, nll=1.0, nll_wrong=1.0 + 2 * seed, summary_tokens=2) for book in "ab"]
+        rows += [one | {"variant": "memory silenced", "nll_wrong": 0.0} for one in rows]
+        rows += [one | {"length": 4, "input_tokens": 4, "nll_wrong": 50.0} for one in rows]
+        return Run({"seed": str(seed)}, evaluations={"test": {"kind": "booksum", "rows": rows}})
+
+    cells = books_table(Sweep((), (Setting((), "", (run(0), run(1))),)), "test").splitlines()[2].strip("| ").split(" | ")
+    # Gaps of 0 and 2 nats, two tokens each; silenced -1 in both seeds.
+    assert cells[:5] == ["2 of 2", "2", "0.5000 [0.5000, 0.5000]", "-0.5000 [-0.5000, -0.5000]", "+1.0000 [+1.0000, +1.0000]"]
+
+
+def test_by_distance_it_says_how_many_pairs():
+    cell = {"from": 512, "questions": 8, "right": 4.0, "turned": 3.0, "margin": 0.0}
+    rows = [row("a", None, input_tokens=9, nll=1.0, nll_wrong=2.0, summary_tokens=2, cloze=[cell])]
+    assert re.search(r"\| m \| whole model \| 75.0 \[.*\] % of 4 \|", _by_distance({"rows": rows}))

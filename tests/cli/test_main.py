@@ -200,7 +200,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path):
     ("changes", "told"),
     [
         (["train.learning_rate=1e30", "train.clip=1e30"], "a number measured after step 1 is not finite"),
-        (["train.learning_rate=1e3", "train.clip=1e30", "train.log_every=1"], "became (nan|inf) in step"),
+        (["train.learning_rate=1e3", "train.clip=1e30", "train.knockout_every=1000", "train.checkpoint_every=1000"], "became (nan|inf) in step"),
     ],
     ids=["probe", "step"],
 )

@@ -18,6 +18,13 @@ def test_answer_must_be_bool_of_the_shape_of_the_tokens(answer):
         Batch(torch.zeros(1, 3, dtype=torch.long), answer, segments=1)
 
 
+def test_a_row_s_first_token_may_be_called_an_answer_where_a_document_begins():
+    """Nothing predicts it, and it is not counted."""
+    begins = torch.tensor([[True, False, False]])
+    batch = Batch(torch.zeros(1, 3, dtype=torch.long), begins, segments=1, reset=begins)
+    assert batch.predicted_tokens == 2
+
+
 def test_a_row_must_have_something_to_predict():
     with pytest.raises(ValueError, match="at least 2"):
         Batch(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool), segments=1)

@@ -125,3 +125,30 @@ def test_without_the_library_it_says_what_to_install(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InputError, match=r"pip install 'infini-attention\[data\]'"):
         BPETokenizer(path)
+
+
+def changed(path, folder, **parts):
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(path.read_text()) | parts))
+    return BPETokenizer(folder / "tokenizer.json")
+
+
+def test_ids_of_large_vocabularies_do_not_overflow(path, tmp_path):
+    model = json.loads(path.read_text())["model"]
+    known = len(model["vocab"])
+    model["vocab"] |= {f"no {i}": i for i in range(known, 40_000)} | {"QQ": 40_000}
+    model["merges"] = [["Q", "Q"], *model["merges"]]
+    large = changed(path, tmp_path, model=model)
+    assert large.vocab_size == 40_001 and large.encode("QQ") == [40_000] and large.decode([40_000]) == "QQ"
+
+
+def test_a_file_that_cuts_texts_cuts_none_here(path, tokenizer, tmp_path):
+    cut = {"max_length": 64, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    text = write(11, 200)
+    assert changed(path, tmp_path, truncation=cut).encode(text) == tokenizer.encode(text)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(path, tmp_path):
+    model = json.loads(path.read_text())["model"]
+    model["vocab"] |= {"no": 5000}
+    with pytest.raises(InputError, match="is not a byte-level tokenizer"):
+        changed(path, tmp_path, model=model)

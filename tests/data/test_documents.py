@@ -82,6 +82,41 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
         named("hf://datasets/nobody/nothing/x.parquet")
 
 
+def test_plain_files_have_no_column(folder):
+    (folder / "d.txt").write_text("four")
+    assert named([str(folder / "books.jsonl"), str(folder / "d.txt")], "body") == BOOKS | {"d.txt": "four"}
+
+
+@pytest.mark.parametrize("form", ["x.csv", "x.csv.gz"])
+def test_a_book_in_one_field_keeps_its_line_ends(tmp_path, form):
+    book, limit = "a line\r\n" * 20_000, 131_072  # Python's own
+    csv.field_size_limit(limit)
+    with (gzip.open if form.endswith("gz") else open)(tmp_path / form, "wt", newline="") as file:
+        csv.writer(file).writerows([["text"], [book]])
+    assert named(str(tmp_path / form)) == {f"{form}:0": book}
+    assert csv.field_size_limit() == limit  # of other readers in this process
+
+
+def test_an_id_may_be_zero(tmp_path):
+    (tmp_path / "x.jsonl").write_text(lines([{"id": 1, "text": "one"}, {"id": 0, "text": "none"}]))
+    assert named(str(tmp_path / "x.jsonl")) == {"1": "one", "0": "none"}
+
+
+def test_a_gzip_file_cut_short_is_refused(folder):
+    cut = folder / "cut.jsonl.gz"
+    cut.write_bytes((folder / "books.jsonl.gz").read_bytes()[:-9])
+    with pytest.raises(InputError, match="cut.jsonl.gz is not a UTF-8 text file: .*end-of-stream"):
+        named(str(cut), "body")
+
+
+def test_patterns_reach_below_and_a_name_may_look_like_one(tmp_path):
+    (tmp_path / "below" / "folder.txt").mkdir(parents=True)
+    for name in ("a.txt", "below/b.txt", "c[1].txt"):
+        (tmp_path / name).write_text(name)
+    assert list(named(f"{tmp_path}/**/*.txt")) == ["a.txt", "b.txt", "c[1].txt"]
+    assert list(named(f"{tmp_path}/c[1].txt")) == ["c[1].txt"]
+
+
 def test_rows_without_an_id_are_named_after_file_and_row(tmp_path):
     (tmp_path / "x.jsonl").write_text(lines([{"text": "one"}, {"text": ""}, {"text": "three"}]))
     assert named(str(tmp_path / "x.jsonl")) == {"x.jsonl:0": "one", "x.jsonl:2": "three"}

@@ -67,10 +67,27 @@ def test_other_texts_or_another_tokenizer_are_encoded_anew(texts, tokenizer, tmp
     assert tokenize(texts, tokenizer).digest() != before.digest()
 
 
+def test_columns_of_one_file_are_not_taken_for_each_other(tokenizer, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": "the sea", "b": "a whale"}')
+    for column, text in (("a", "the sea"), ("b", "a whale")):
+        assert tokenizer.decode(tokenize([f"{tmp_path}/x.jsonl"], tokenizer, column)[0].tolist()) == text
+
+
+def test_texts_that_moved_are_the_same_and_renamed_ones_are_called_anew(texts, tokenizer, tmp_path):
+    first, there = tokenize(texts, tokenizer), tmp_path / "there"
+    there.mkdir()
+    for path in tmp_path.glob("*.txt"):
+        path.rename(there / path.name)
+    assert tokenize([f"{there}/*.txt"], tokenizer).folder == first.folder
+    (there / "2.txt").rename(there / "9.txt")
+    assert tokenize([f"{there}/*.txt"], tokenizer).names == ("0.txt", "1.txt", "9.txt")
+
+
 def test_a_digest_is_that_of_the_documents_that_count(texts, tokenizer, tmp_path):
     found = tokenize(texts, tokenizer)
     (tmp_path / "1.txt").unlink()
     assert tokenize(texts, tokenizer).digest() == found.digest([0, 2]) != found.digest()
+    assert found.digest([2, 0]) != found.digest([0, 2])
 
 
 def test_a_worker_opens_the_file_again(texts, tokenizer):
@@ -125,12 +142,45 @@ def test_documents_at_hand_are_kept_too(tokenizer, cache, monkeypatch):
         tokenize_documents([documents[0], Document("1", "an old man"), documents[2]], tokenizer)
 
 
+def test_documents_that_only_look_alike_are_encoded_anew(tokenizer, tmp_path):
+    """Cut elsewhere, called otherwise, or read by another tokenizer."""
+    one = tokenize_documents([Document("x", "the sea"), Document("y", "a whale")], tokenizer)
+    cut = tokenize_documents([Document("x", "the sea"), Document("ya", " whale")], tokenizer)
+    assert tokenizer.decode(cut[1].tolist()) == " whale" and cut.names == ("x", "ya")
+    assert tokenize_documents([Document("z", "the sea"), Document("y", "a whale")], tokenizer).names == ("z", "y")
+    other = bpe(tmp_path / "other", "quite another text, another text " * 9, 270)
+    found = tokenize_documents([Document("x", "the sea"), Document("y", "a whale")], other)
+    assert other.decode(found[1].tolist()) == "a whale" and found.folder != one.folder
+
+
+def test_tokens_that_are_not_those_of_the_index_are_refused(texts, tokenizer):
+    found = tokenize(texts, tokenizer)
+    fewer = np.array(found.tokens[:-1])
+    np.save(found.folder / "tokens.npy", fewer)
+    with pytest.raises(InputError, match=f"is damaged .{len(fewer)} tokens, not {len(fewer) + 1}"):
+        tokenize(texts, tokenizer)
+
+
 def test_a_damaged_file_is_said(texts, tokenizer):
     folder = tokenize(texts, tokenizer).folder
     content = (folder / "tokens.npy").read_bytes()
     (folder / "tokens.npy").write_bytes(content[:-10])
     with pytest.raises(InputError, match="is damaged.*delete it"):
         tokenize(texts, tokenizer)
+
+
+def test_what_was_left_out_is_told_every_time(tokenizer, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "the sea"}\n{"text": " "}\n')
+    for each in (tokenizer, tokenizer, ByteTokenizer()):
+        found = tokenize([f"{tmp_path}/x.jsonl"], each)
+        assert len(found) == 1 and found.skipped == {"empty": 1}
+
+
+def test_bytes_from_the_hub_are_kept_too(monkeypatch):
+    monkeypatch.setattr(tokenized, "read_documents", lambda *arguments: iter([Document("x", "the sea")]))
+    assert tokenize(["hf://datasets/owner/name/x.parquet"], ByteTokenizer()).folder is not None
+    monkeypatch.setattr(tokenized, "read_documents", None)  # nothing is read again
+    assert tokenize(["hf://datasets/owner/name/x.parquet"], ByteTokenizer())[0].tobytes() == b"the sea"
 
 
 def test_no_texts(tokenizer):

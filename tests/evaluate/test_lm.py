@@ -145,3 +145,46 @@ def test_bad_requests_are_refused(wrap):
     small = type("Small", (), {"vocab_size": 300, "encode": None, "decode": None})()
     with pytest.raises(InputError, match="the tokenizer has 300 tokens, the model 256"):
         wrap(tokenizer=small)
+
+
+def greedy_of(transformer, text, count):
+    session = StreamingSession(transformer)
+    session.feed(list(text.encode()))
+    return [int(token) for token in session.generate(count)]
+
+
+def test_a_short_greedy_continuation_is_greedy_beside_a_long_one(transformer, wrap):
+    rows = [(("", ""), list(text.encode()), greedy_of(transformer, text, count)) for text, count in (("some context", 3), ("another", 9))]
+
+    def differ(module, given, named, out):  # what a model says of padding is nobody's business
+        if out[0] is not None and named.get("padding") is not None:
+            out[0][..., 1:2] += 1e9 * named["padding"].unsqueeze(-1)
+
+    hook = transformer.register_forward_hook(differ, with_kwargs=True)
+    try:
+        assert [greedy for _, greedy in wrap(batch_size=2)._loglikelihood_tokens(rows)] == [True, True]
+    finally:
+        hook.remove()
+
+
+def test_a_stop_in_one_answer_ends_no_other(transformer, wrap):
+    def answer(*texts, **options):
+        return wrap(batch_size=2).generate_until(ask("generate_until", *[(text, {"max_gen_toks": 20} | options) for text in texts]))
+
+    early, late = TEXTS[0], TEXTS[2]
+    free = answer(early, late)
+    stop = next(letter for letter in free[0] if letter not in free[1])
+    assert answer(early, late, until=[stop]) == [free[0][: free[0].index(stop)], free[1]]
+    assert answer(early, do_sample=True, temperature=2.0, top_k=1) == free[:1]
+
+
+def test_the_longest_answer_is_the_models_where_a_task_says_none(transformer, wrap):
+    (found,) = wrap(max_gen_toks=5).generate_until(ask("generate_until", (TEXTS[0], {})))
+    assert found == ByteTokenizer().decode(greedy_of(transformer, TEXTS[0], 5))
+
+
+def test_every_score_is_cached_under_its_own_question(wrap):
+    lm, kept = wrap(batch_size=3), {}
+    lm.cache_hook.add_partial = lambda kind, question, result: kept.update({question: result})
+    asked = [("a context", " yes"), ("a context", " no"), ("another one", " yes")]
+    assert lm.loglikelihood(ask("loglikelihood", *asked)) == [kept[question] for question in asked]

@@ -136,3 +136,15 @@ def test_what_lm_eval_found_is_kept_with_its_provenance(monkeypatch, tmp_path, c
     monkeypatch.setattr("sys.argv", ["evaluate", "run", "--record", str(tmp_path / "other")])
     assert main() == 2 and "lm-eval left no results to keep" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_the_last_results_are_kept_with_their_seeds(transformer, tmp_path):
+    from infini.evaluate.kept import keep
+
+    transformer.save_pretrained(tmp_path / "model")
+    about = {"model": "infini", "model_args": {"pretrained": str(tmp_path / "model")}, "random_seed": 0, "torch_seed": 1234, "fewshot_seed": None}
+    for day, value in ((1, 0.25), (2, 0.5)):
+        found = {"config": about, "configs": {}, "results": {"a": {"acc,none": value}}}
+        (tmp_path / f"results_2026-01-0{day}.json").write_text(json.dumps(found))
+    record = json.loads(keep(tmp_path, tmp_path / "kept", 0.0)[0].read_text())
+    assert record["seeds"] == {"random_seed": 0, "torch_seed": 1234} and record["rows"][0]["value"] == 0.5

@@ -7,13 +7,14 @@ import pytest
 
 from infini.cli.report import run as report
 from infini.errors import InputError
+from infini.report.intervals import wilson_interval
 from infini.report.jobs import note_job, plan_jobs
-from infini.report.pooled import compare
+from infini.report.pooled import capacity_cells, compare, passkey_cells, speed_cells
 from infini.report.record import write_record
-from infini.report.sweep import gather
+from infini.report.sweep import Run, Setting, Sweep, gather, validation
 from infini.report.sweep_overview import overview_table
 from infini.report.sweep_plots import _panels, sweep_curves
-from infini.report.sweep_tables import problems_list, rates_table, sweep_tables
+from infini.report.sweep_tables import perplexity_table, problems_list, rates_table, speed_table, sweep_tables
 
 PROVENANCE = {
     "schema": 1,
@@ -216,6 +217,19 @@ def test_the_overview_says_of_how_many_seeds_a_rate_is_picked(sweep):
     assert line(overview_table(gather(sweep), "passkey"), "full")[3:5] == ["5 (1 of 2)", "**3.25**"]  # a loss is no share
 
 
+def test_a_rate_is_picked_by_the_seeds_that_were_measured(tmp_path):
+    """One seed of two with every digit right is less than two seeds with nine of ten."""
+    for rate, shares in (("1e-3", (1.0, None)), ("2e-3", (0.9, 0.9))):
+        for seed, share in enumerate(shares):
+            run = tmp_path / f"{rate}-{seed}"
+            train(run, "model=a", f"train.learning_rate={rate}", f"seed={seed}", loss=1.0)
+            if share is not None:
+                passkey(run / "validation", (1024, 0.5, 10, 10 * share, share))
+    found = gather(tmp_path, pick="validation/digit_accuracy")
+    assert [best.rate for best in found.best()] == ["2e-3"]
+    assert line(rates_table(found), "1 (1 of 2)")[1] == "**0.9 (2 of 2)**"
+
+
 def test_of_equal_rates_the_middle_one_is_picked(tmp_path):
     for rate, loss in (("5e-4", 1.0), ("1e-3", 1.0), ("2e-3", 1.0), ("4e-3", 0.5)):
         train(tmp_path / rate, "model=a", f"train.learning_rate={rate}", loss=loss)
@@ -279,3 +293,90 @@ def test_perplexity_is_drawn_by_position_and_as_a_difference(tmp_path):
     other = _panels(gather(tmp_path), "books", "b")[1]
     assert [value for _, value in other.lines["a"]] == pytest.approx([0.0, -0.2])
     assert sweep_curves(gather(tmp_path)).startswith(b"\x89PNG")
+
+
+def seeds(kind, *rows, rate=""):
+    """A setting with an evaluation "e" of this kind for each seed; None: it was not measured."""
+    found = [{} if own is None else {"e": {"kind": kind, "rows": own}} for own in rows]
+    return Setting(("a",), rate, tuple(Run({}, {"metrics": {}}, evaluations=own) for own in found))
+
+
+def test_seeds_and_cells_count_by_how_much_was_asked_of_them():
+    asked = [[{"length": 64, "depth": 0.5, "samples": n, "exact_match": right / n, "digit_accuracy": digits}] for n, right, digits in (
+        (100, 29, 0.4), (10, 10, 0.95),  # 29 / 100 * 100 is less than 29 in floating point
+    )]  # fmt: skip
+    (cell,) = passkey_cells(seeds("passkey", *asked), "e")
+    assert cell["exact_match"] == 39 / 110 and cell["digit_accuracy"] == pytest.approx(49.5 / 110)
+    assert (cell["low"], cell["high"]) == wilson_interval(39, 110)
+
+    def row(pairs, names, digits):
+        return {"distance": 9, "pairs": pairs, "names": names, "digit_accuracy": digits, "exact_match": digits / 2}
+
+    both = seeds("capacity", [row(4, 8, 1.0), row(8, 5, 0.2)], [row(4, 24, 0.5)])
+    one, other = capacity_cells(both, "e")
+    assert (one["seeds"], one["names"], one["digit_accuracy"], one["exact_match"]) == (2, 32, 20 / 32, 10 / 32)
+    assert (other["seeds"], other["names"]) == (1, 5)
+    # So it is where a rate is picked: 8 and 1 of 8 and 5 names.
+    assert validation(both.runs[0], "e/digit_accuracy") == pytest.approx(9 / 13)
+
+
+def test_speeds_are_medians_and_what_one_seed_has_no_room_for_has_none():
+    def rows(*rates):
+        return [{"what": "reading", "length": 16 * 2**i, "tokens_per_second": rate, "peak_memory_bytes": 1, "state_bytes": 1}
+                for i, rate in enumerate(rates)]  # fmt: skip
+
+    setting = seeds("speed", rows(1.0, 5.0), rows(2.0, None), rows(9.0, 7.0), None)
+    assert [cell["tokens_per_second"] for cell in speed_cells(setting, "e")] == [2.0, None]
+    assert line(speed_table(Sweep(("model",), (setting,)), "e"), "a") == ["a", "reading", "3 of 4", "2 (0.00)", "no room"]
+
+
+def test_a_seed_that_finds_nothing_counts():
+    def row(share):
+        return [{"samples": 2, "exact_match": share}]
+
+    one, other = seeds("passkey", row(0.0), row(0.5), rate="1e-3"), seeds("passkey", row(0.4), row(0.4), rate="2e-3")
+    sweep = Sweep(("model",), (one, other), pick="e/exact_match")
+    assert sweep.picked_by(one) == 0.25 and sweep.best() == [other]
+    assert Setting((), "", tuple(Run({}, {"metrics": {"share": share}}) for share in (0.0, None, 0.5))).metric("share") == [0.0, 0.5]
+
+
+def test_a_rate_is_picked_by_all_documents():
+    rows = [{"tokens": 9, "words": 3, "bytes": size, "nll": bits * math.log(2), "nll_without_memory": None} for size, bits in ((10, 10), (30, 90))]
+    assert validation(seeds("perplexity", rows).runs[0], "e/bits_per_byte") == pytest.approx(100 / 40)
+
+
+@pytest.mark.parametrize("key", ["seed", "train.seed", "task.seed"])
+def test_runs_that_differ_in_a_seed_are_one_row(key, tmp_path):
+    for seed in range(2):
+        train(tmp_path / str(seed), "model=a", f"{key}={seed}", loss=1.0)
+    assert [(gather(tmp_path).keys, len(setting.runs)) for setting in gather(tmp_path).settings] == [((), 2)]
+
+
+def test_tokens_that_are_no_bytes_have_no_bits_a_byte(tmp_path):
+    for model in "ab":
+        train(tmp_path / model, f"model={model}", loss=1.0)
+    record = json.loads((tmp_path / "b" / "record.json").read_text())
+    write_record(record | {"config": {"model": {"tokenizer": "tok"}}}, tmp_path / "b" / "record.json")
+    text = sweep_tables(gather(tmp_path))
+    place = lines(text)[0].index("bits/byte")
+    assert [line(text, model, "1 of 1")[place] for model in "ab"] == ["1", "-"]
+
+
+def test_the_edge_is_that_of_the_rates_of_its_own_row(tmp_path):
+    for model, rates in (("a", {"1e-3": 2.0, "2e-3": 1.0, "4e-3": 2.0}), ("b", {"2e-3": 1.0, "4e-3": 2.0, "8e-3": 3.0})):
+        for rate, loss in rates.items():
+            train(tmp_path / f"{model}{rate}", f"model={model}", f"train.learning_rate={rate}", loss=loss)
+    assert [line(rates_table(gather(tmp_path)), model)[-1] for model in "ab"] == ["no", "yes"]
+
+
+def test_the_silenced_model_has_bits_a_byte_too():
+    counts = {"document": "x", "tokens": 10, "words": 4, "bytes": 40, **CARRIED, "by_position": []}
+    setting = seeds("perplexity", [counts | {"nll": 40 * math.log(2), "nll_without_memory": 80 * math.log(2)}])
+    head, _, row = lines(perplexity_table(Sweep(("model",), (setting,)), "e"))
+    assert (row[head.index("bits/byte")], row[head.index("bits/byte without memory")]) == ("1", "2")
+
+
+def test_the_picture_has_the_intervals_of_the_table():
+    setting = seeds("passkey", [{"length": 64, "depth": 0.5, "samples": 20, "exact_match": 0.5, "digit_accuracy": 1.0}])
+    (panel,) = _panels(Sweep(("model",), (setting,)), "e", None)
+    assert panel.lines == {"a": [pytest.approx([64, 50, *(100 * end for end in wilson_interval(10, 20))])]}

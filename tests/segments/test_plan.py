@@ -40,6 +40,12 @@ CASES = {
         "lengths": [11, 9, 1],
         "reset": [(0, 0), (1, 7)],
     },
+    "open-lengths": {"opened": [3, 3, 2], "seen": [13, 3, 7], "empty": [False, True, False], "lengths": [11, 4, 0]},
+    "open-documents": {"opened": [3, 4, 4], "seen": [13, 4, 9], "empty": [False, True, False], "reset": [(0, 9), (1, 2), (2, 0)]},
+    "shorter-than-what-was-open": {"opened": [3, 0, 4], "seen": [3, 5, 9], "lengths": [2, 11, 1], "reset": [(0, 0), (2, 0)]},
+    "seen-alone": {"opened": 3, "seen": [3, 13, 8], "empty": [True, False, False]},
+    "reset-behind-the-end": {"lengths": [11, 3, 7], "reset": [(0, 6), (1, 3), (1, 5), (2, 10)]},
+    "no-history": {"history": 0, "lengths": [11, 0, 2], "reset": [(0, 4)]},
 }
 
 
@@ -66,14 +72,15 @@ def test_equals_a_walk(case, sliding):
         torch.tensor(opened),
         torch.tensor(seen),
         torch.tensor(empty),
-        history=span - 1,
+        history=given.get("history", span - 1),
         lengths=torch.tensor(lengths) if "lengths" in given else None,
         reset=reset if "reset" in given else None,
         device=torch.device("cpu"),
     )
-    h = span - 1
+    h = plan.history
     line = torch.arange(batch * (h + tokens), dtype=torch.float64).reshape(batch, h + tokens, 1) + 1
     grid, recent = plan.line_to_grid(line), plan.recent(line)
+    in_front = torch.cat([line.new_zeros(batch, span - 1 - h, 1), line], dim=1)
     grid_of_new = plan.line_to_grid(line[:, h:])
     positions, earliest = (x.expand(batch, -1) for x in (plan.positions, plan.earliest))
     has = torch.ones(batch, plan.segments, dtype=torch.bool) if plan.has_memory is None else plan.has_memory
@@ -90,8 +97,10 @@ def test_equals_a_walk(case, sliding):
             assert grid_of_new[row, segment, slot] == line[row, h + t]
             assert positions[row, h + t] == (position if sliding else slot)
             assert earliest[row, t] == h + t - reach
-        if places and not reset[row, 0]:
+        goes_on = bool(places) and not reset[row, 0]
+        if goes_on:
             assert torch.equal(grid[row, 0, : opened[row]], line[row, h - opened[row] : h])
+        assert (grid[row] != 0).sum() == len(places) + (opened[row] if goes_on or not places else 0)  # and nothing else is there
         for s, what in enumerate(segments):
             assert written[row, s] == (what["count"] == n)
             if places:
@@ -106,12 +115,29 @@ def test_equals_a_walk(case, sliding):
         assert plan.open_length[row] == open_after
         assert plan.tokens_seen[row] == seen_after
         assert plan.empty[row] == empty_after
-        end = h + lengths[row]
-        assert torch.equal(recent[row], line[row, end - h : end])
+        assert torch.equal(recent[row], in_front[row, lengths[row] :][: span - 1])
         back = plan.grid_to_line(plan.line_to_grid(line[:, h:]))
         assert torch.equal(back[row, : lengths[row]], line[row, h:][: lengths[row]])
+    if plan.uniform and sliding:
+        assert plan.history - plan.visible == earliest[0, 0]  # where a window's kernel is told to begin
     assert plan.segments == max(1, most)
     assert plan.padded == (min(lengths) < tokens)
+
+
+@pytest.mark.parametrize("lengths", [[9, 2, 0], [9, 9, 9]])
+def test_the_latest_are_of_the_last_document_alone(lengths):
+    """Entry by entry: the last three of each row, those of an earlier document silenced, the state's own among them."""
+    reset = torch.zeros(3, 9, dtype=torch.bool)
+    reset[0, 7] = reset[1, 1] = reset[1, 5] = True
+    seen, count = torch.tensor([6, 2, 1]), 3
+    zeros, empty = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool)
+    plan = SegmentPlan(9, 4, 4, False, zeros, seen, empty, 3, torch.tensor(lengths), reset, torch.device("cpu"))
+    line = torch.arange(1.0, 1 + 3 * 12).reshape(3, 12, 1)
+    for row in range(3):
+        begins = max([t for t in range(lengths[row]) if reset[row, t]], default=-int(seen[row]))
+        for i, found in enumerate(plan.latest(line, count)[row]):
+            place = lengths[row] - count + i  # among the call's tokens; below zero in the state
+            assert found == (line[row, count + place] if place >= begins else 0)
 
 
 def test_rows_that_agree_need_no_index():

@@ -109,7 +109,7 @@ def test_between_two_pieces_nothing_as_long_as_a_piece_is_computed():
 
 def test_lists_arrays_and_narrow_integers_are_the_same(model):
     expected = StreamingSession(model).feed(PROMPT)
-    narrow = [torch.tensor(PROMPT, dtype=dtype) for dtype in (torch.uint8, torch.int16, torch.uint16, torch.uint32)]
+    narrow = [torch.tensor(PROMPT, dtype=dtype) for dtype in (torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64)]
     for ids in (torch.tensor(PROMPT), torch.tensor([PROMPT]), torch.tensor(PROMPT).numpy(), *narrow):
         assert torch.equal(StreamingSession(model).feed(ids), expected)
 
@@ -122,6 +122,14 @@ def test_a_row_without_tokens_keeps_its_logits(model):
     assert torch.equal(second[0], first[0])
     assert torch.allclose(second[1], StreamingSession(model).feed([*PROMPT[::-1], 4, 4])[0], atol=1e-5)
     assert session.state.tokens_seen.tolist() == [14, 16] and session.tokens_seen == 16
+
+
+def test_a_row_that_ends_pieces_before_the_others_keeps_its_own_logits(model):
+    session = StreamingSession(model, batch_size=3, piece=3)
+    ids, lengths = torch.tensor([PROMPT, PROMPT[::-1], PROMPT[3:] + PROMPT[:3]]), [14, 2, 9]
+    logits = session.feed(ids, torch.arange(14) >= torch.tensor(lengths)[:, None])
+    for row, length in enumerate(lengths):
+        assert torch.allclose(logits[row], StreamingSession(model).feed(ids[row, :length])[0], atol=1e-5)
 
 
 def test_stop_ids_end_each_row_and_then_all(model):
@@ -307,17 +315,19 @@ def test_other_weights_are_refused_and_the_same_in_another_dtype_are_not(model, 
     session.save(tmp_path / "s")
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert StreamingSession.restore(tmp_path / "s", make().to(dtype)).tokens_seen == len(PROMPT)
-    trained = make()
-    with torch.no_grad():  # as a step or two of training would
-        trained.blocks[1].mlp.down_proj.weight.add_(1e-3 * torch.randn(16, 16).sign())
-    with pytest.raises(InputError, match="was read by a model with other weights"):
-        StreamingSession.restore(tmp_path / "s", trained)
+    for rows in (slice(0, 8), slice(8, 16)):  # wherever in a parameter
+        trained = make()
+        with torch.no_grad():  # as a step or two of training would
+            trained.blocks[1].mlp.down_proj.weight[rows].add_(1e-3 * torch.randn(8, 16).sign())
+        with pytest.raises(InputError, match="was read by a model with other weights"):
+            StreamingSession.restore(tmp_path / "s", trained)
 
 
 def test_an_unfed_session_is_saved_too(model, tmp_path):
     StreamingSession(model).save(tmp_path / "s")
-    restored = StreamingSession.restore(tmp_path / "s", model)
-    assert torch.equal(restored.feed(PROMPT), StreamingSession(model).feed(PROMPT))
+    restored, seen = StreamingSession.restore(tmp_path / "s", model, piece=5), []
+    assert torch.equal(restored.feed(PROMPT, progress=seen.append), StreamingSession(model, piece=5).feed(PROMPT))
+    assert seen == [5, 10, 14]
 
 
 @pytest.mark.parametrize("decode", ["eager", "auto"])

@@ -192,6 +192,18 @@ def test_a_session_can_be_kept_fed_and_restarted_between_tokens(uncaptured, tmp_
     assert session._step is step and session.tokens_seen == 22
 
 
+def test_a_state_that_was_asked_for_stays_while_the_session_writes_on(uncaptured):
+    session = StreamingSession(build("long"))
+    session.feed(list(range(13)))
+    writer = session.generate(9, decode="graph")
+    next(writer)
+    kept = session.state
+    before = kept.clone()
+    assert len(list(writer)) == 8 and session.state.tokens_seen.item() == kept.tokens_seen.item() + 8
+    for one, other in zip(kept.layers, before.layers, strict=True):
+        assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
+
+
 def test_a_row_that_has_ended_keeps_what_else_it_was_fed(uncaptured):
     model = build("long")
     prompts, after = torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]]), []
@@ -210,6 +222,22 @@ def test_a_row_that_has_ended_keeps_what_else_it_was_fed(uncaptured):
         after.append(torch.stack([*left, *session.generate(5, decode=decode)]))
         assert left
     assert torch.equal(*after)
+
+
+def test_a_session_whose_rows_ended_apart_is_restored(uncaptured, tmp_path):
+    """A row that has ended is fed no more, and the session counts its tokens as the state does."""
+    model, prompts = build("long"), torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]])
+    session = StreamingSession(model, batch_size=2)
+    session.feed(prompts)
+    free = tokens(session, 8)
+    session.restart(model.init_state(2))
+    session.feed(prompts)
+    stop = next(int(token) for token in free[:, 0] if token not in free[:, 1])
+    tokens(session, 8, decode="graph", stop_ids=[stop])
+    session.save(tmp_path / "s")
+    restored = StreamingSession.restore(tmp_path / "s", model)
+    assert restored.state.tokens_seen.tolist() == [4 + free[:, 0].tolist().index(stop) + 1, 12]
+    assert torch.equal(tokens(restored, 5), tokens(session, 5))
 
 
 def test_a_step_is_made_anew_for_other_rows_or_moved_weights(uncaptured):

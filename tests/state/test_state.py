@@ -16,12 +16,18 @@ VARIANTS = {
     "long": {"qk_norm": True, "write_gate": True, "local_attention": "sliding", "window": 9},
     "one-layer": {"memory_layers": (1,), "write_gate": True},
     "no-memory": {"memory_layers": ()},
+    "short-conv": {"short_conv": 2, "write_gate": True},
+    "twelve-layers": {"num_hidden_layers": 12},
 }
 
 
 def make(variant="long", **changes):
     torch.manual_seed(0)
-    return InfiniTransformer(InfiniConfig(**SHAPE | {"segment_length": 6} | VARIANTS[variant] | changes)).eval()
+    model = InfiniTransformer(InfiniConfig(**SHAPE | {"segment_length": 6} | VARIANTS[variant] | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if "short_conv" in name:  # starts at zero, where its inputs count nothing
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 @pytest.fixture
@@ -162,10 +168,10 @@ def test_a_state_of_another_model_batch_or_dtype_is_refused():
             model(tokens, state._map(lambda x, dtype=dtype: x.to(dtype)))
 
 
-@pytest.mark.parametrize("lost", ["0.keys", "empty", "1.", "1.matrix", "every"])
+@pytest.mark.parametrize("lost", ["0.keys", "empty", "1.", "1.matrix", "every", "0.inputs", "0.write_strength", "0.normalizer"])
 def test_a_file_that_lost_tensors_is_refused(lost, tmp_path):
-    """A layer without its memory would begin with an empty one."""
-    model = make("paper")
+    """A layer without its memory, or a convolution without what it looks back at, would begin with an empty one."""
+    model = make("short-conv")
     with torch.no_grad():
         _, state = model(torch.randint(20, (2, 16)))
     state.save(tmp_path / "state")

@@ -3,6 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from infini.tensor_file import write_tensors
+
 # A limit on the size of files is a full disk that needs no rights and no mount: the system refuses to write on.
 SCRIPT = """
 import errno, resource, sys, torch
@@ -25,3 +31,12 @@ except OSError as error:
 def test_what_the_system_refuses_is_an_oserror_and_nothing_is_lost(tmp_path):
     found = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
     assert found.stdout == "refused\n", found.stderr
+
+
+def test_what_is_no_error_of_the_system_stays_what_it_is(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise SafetensorError("InvalidTensorView")
+
+    monkeypatch.setattr("infini.tensor_file.save_file", refuse)
+    with pytest.raises(SafetensorError, match="InvalidTensorView"):
+        write_tensors(tmp_path / "tensors", {"a": torch.ones(4)})

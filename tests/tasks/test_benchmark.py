@@ -5,6 +5,7 @@ import pytest
 import torch
 from infini.tasks.passkey import benchmark
 from infini.tasks.passkey.benchmark import PasskeyBenchmark, run
+from infini.tasks.passkey.cells import FinishedCells
 from infini.tasks.passkey.keys import is_held_out
 from infini.tasks.passkey.score import first_integer, right_digits
 
@@ -116,6 +117,12 @@ def test_the_clock_runs_while_prompts_are_read_and_not_besides(oracle, tokenizer
 
 class StoppedByUser(KeyboardInterrupt):
     pass
+
+
+def test_depths_that_are_nearly_equal_have_cells_of_their_own(tmp_path):
+    cells = FinishedCells(tmp_path, {})
+    cells.put(4096, 0.3333333, {"row": 1})
+    assert cells.get(4096, 0.33333331) is None and cells.get(4096, 0.3333333) == {"row": 1}
 
 
 def test_an_interrupted_run_keeps_its_cells_and_does_only_the_rest(oracle, tokenizer, tmp_path):
@@ -236,3 +243,22 @@ def test_scoring_reads_the_first_integer():
     assert first_integer("none") == ""
     assert right_digits("123456", 12345) == [True] * 5
     assert right_digits("", 123) == [False] * 3
+
+
+def test_needles_that_are_cut_are_judged_among_themselves():
+    samples = [{"exact": i == 0, "digits": [True], "border_cut": i < 2} for i in range(8)]
+    found = benchmark._summary(samples)
+    assert (found["exact_match"], found["border_cut"], found["border_cut_exact_match"]) == (1 / 8, 2, 1 / 2)
+
+
+def test_every_prompt_begins_elsewhere_in_the_filler(tokenizer):
+    settings = PasskeyBenchmark(lengths=(300,), depths=(0.5,), samples=8)
+    haystack = benchmark.Haystack.load("repeat", tokenizer)
+    phases = {question.phase for question in benchmark.draw_questions(settings, haystack, 300, 0.5)}
+    assert len(phases) > 4 and max(phases) > len(haystack.ids) / 2
+
+
+def test_digits_are_those_of_the_number_and_not_of_the_words_before(oracle, tokenizer, tmp_path):
+    settings = PasskeyBenchmark(lengths=(300,), depths=(0.5,), samples=2)
+    (row,) = run(oracle(lambda key: "no " + key), tokenizer, settings, tmp_path)
+    assert row["exact_match"] == row["digit_accuracy"] == 1.0

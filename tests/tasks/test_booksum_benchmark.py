@@ -3,14 +3,17 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from infini.tasks.booksum import benchmark
 from infini.tasks.booksum.benchmark import FIRST, LEAD, MEMORY, SILENCED, BooksumSettings, run
-from infini.tasks.booksum.cloze import make_questions
+from infini.tasks.booksum.cloze import Question, make_questions
 from infini.tasks.booksum.likelihood import Silenced, choice_scores, target_nll
 from infini.tasks.booksum.measures import copy_rate, entity_recall, first_words, lead, score_summary
+from infini.tasks.booksum.pairs import Pair
 from infini.tasks.booksum.prompt import Asked, ask_blank, ask_summary
 from infini.tasks.booksum.rouge import rouge
 
@@ -205,3 +208,42 @@ def test_without_the_library_of_rouge_nothing_is_read(pair_files, book_oracle, m
         run(oracle, settings(pair_files))
     assert oracle.calls == 0
     door._scorer.cache_clear()
+
+
+def test_the_right_book_is_never_among_the_wrong_ones(pair_files, book_oracle, library):
+    """After another book the oracle finds all but the first letters as likely as any byte, ln 256 = 5.5 nats each."""
+    sizes = sorted(len(text.encode()) for text in library[0].values())
+    quick = dict(outputs=False, questions=0, knockout=False, wrong_books=1, lengths=(sizes[1],))  # beyond it there is one book
+    rows, _ = run(book_oracle(), settings(pair_files, **quick))
+    found = of(rows, MEMORY) + of(rows, MEMORY, sizes[1])
+    assert len(found) == 4 and all(row["nll"] < 0.1 * row["summary_tokens"] < 5 * row["summary_tokens"] < row["nll_wrong"] for row in found)
+
+
+def test_questions_are_those_of_the_book_however_many_summaries_it_has(pair_files, book_oracle):
+    with open(pair_files["pairs"][0], "a") as file:
+        file.write(json.dumps({"id": "sea", "summary": "Another one."}) + "\n")
+    rows, _ = run(book_oracle(), settings(pair_files, outputs=False, knockout=False, lengths=(), questions=4))
+    counts = [(row["book"], sum(cell["questions"] for cell in row["cloze"]), row["beyond"] is None) for row in of(rows, MEMORY)]
+    assert sorted(counts) == [("moor", 4, False), ("road", 4, False), ("sea", 0, True), ("sea", 4, False)]
+
+
+def test_sampling_keeps_to_the_likeliest(tiny, pair_files):
+    quick = dict(lengths=(), questions=0, knockout=False, max_new_tokens=8, top_p=1e-6)
+    for row in of(run(tiny, settings(pair_files, **quick))[0], MEMORY):
+        assert len({output["text"] for output in row["outputs"]}) == 1
+
+
+def test_beyond_local_reach_are_whole_pairs_measured_in_tokens(monkeypatch):
+    """Two tokens a letter and a reach of 2 x 10 tokens: 9 letters lie within, 11 beyond; a pair of one of each is left out."""
+    questions = [Question("____ went.", name, ("Ann", "Bob"), "who", distance, pair)
+                 for pair, distances in enumerate(((9, 11), (11, 12))) for name, distance in zip(("Ann", "Bob"), distances)]  # fmt: skip
+    reader = SimpleNamespace(config=SimpleNamespace(segment_length=10, num_hidden_layers=1))
+    shelf = benchmark._Shelf({"a": np.arange(80)}, {"a": [Pair("a", "a", "x" * 40, "")]}, BooksumSettings(pairs=()), ByteTokenizer())
+    monkeypatch.setattr(benchmark, "make_questions", lambda *given: questions)
+    monkeypatch.setattr(benchmark, "choice_scores", lambda *given: np.zeros((4, 2)))
+    found = benchmark._cloze(reader, None, shelf, "a", 80)
+    assert (found["beyond"]["tokens"], found["beyond"]["questions"]) == (20, 2) and found["cloze"][0]["questions"] == 4
+
+
+def test_whole_words_are_copied():
+    assert copy_rate("one two three four five", "bone two three four fives") == 0

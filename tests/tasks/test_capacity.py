@@ -138,3 +138,11 @@ def test_settings_that_cannot_be_measured_are_refused(setting, message):
         capacity(Register(), **dict(key_dim=8) | setting)
     with pytest.raises(InputError, match="rule is"):
         theory(2, 2, "hebb")
+
+
+def test_theory_is_asked_about_digits_and_cells_draw_their_own_keys():
+    models = Register(), Register()
+    rows = [capacity(model, 16, (8,), (distance,), rows=1)[0] for model, distance in zip(models, (0, 50))]
+    assert all(row["theory_delta"] == theory(40, 16, "delta") and row["theory_linear"] == theory(40, 16, "linear") for row in rows)
+    one, other = (set(re.findall(r"is (\d{5})", model.read[0])) for model in models)
+    assert len(one & other) < 4

@@ -9,11 +9,13 @@ import torch
 from infini.tasks.perplexity.benchmark import PerplexitySettings, run
 from infini.tasks.perplexity.score import score_documents, tokens_of_buckets
 
+from baselines.full.model import FullTransformer
 from infini import InfiniConfig, InfiniTransformer
 from infini import decoder as decoder_module
 from infini.data.bpe import train_bpe
 from infini.errors import InputError
 from infini.report.perplexity import by_position, perplexity, summary
+from infini.report.tables import perplexity_table
 from tests.conformance.conftest import SUBJECTS
 
 MODELS = ("paper-delta", "long", "deltanet-sliding", "xl", "memorizing-evicting", "full", "sliding", "rmt", "gated-deltanet")
@@ -207,3 +209,51 @@ def test_what_cannot_be_measured_is_refused(folder, monkeypatch, changes, messag
     (folder / "short.txt").write_text("x")
     with pytest.raises(InputError, match=message):
         run(uniform(segment_length=64), PerplexitySettings(**dict(texts=("b.txt",)) | changes))
+
+
+@pytest.mark.parametrize(("size", "read"), [(17, False), (18, True)])
+def test_the_last_token_of_a_document_is_predicted_and_not_read(tmp_path, size, read):
+    """So a memory of segments of 16 is asked from the 18th token on."""
+    (tmp_path / "a.txt").write_text("x" * size)
+    settings = PerplexitySettings(texts=(f"{tmp_path}/a.txt",))
+    if read:
+        assert run(uniform(segment_length=16), settings)[0][0]["nll_without_memory"] is not None
+    else:
+        with pytest.raises(InputError, match="the longest document has 17 tokens and a segment 16: no memory would ever be read"):
+            run(uniform(segment_length=16), settings)
+
+
+def test_what_the_memory_saves_by_hand():
+    found = summary([{"tokens": 4, "words": 2, "bytes": 8, "nll": 1.0, "nll_without_memory": 3.0}] * 2)
+    assert found["memory_gain"] == 0.5 and found["word_perplexity_without_memory"] == pytest.approx(math.exp(6 / 4))
+    assert found["token_perplexity_without_memory"] == pytest.approx(math.exp(6 / 8))
+
+
+def test_the_table_tells_each_number_in_its_column_and_the_largest_state():
+    sizes = {"carried_numbers": 2**20, "carried_bytes": 2**22, "state_bytes": 2**23}
+    row = {"model": "m", "document": "x", "tokens": 4, "words": 2, "bytes": 8, "nll": 4.0, "nll_without_memory": 8.0, "by_position": []}
+    about = {"source": {"commit": "c", "dirty": False}, "machine": {"gpus": [], "cores": 1, "cpu": "x"}, "seeds": {}, "versions": {}}
+    about |= {"command": "", "started": "", "seconds": 1.0}
+    table = perplexity_table(about | {"rows": [row | {name: value // 2 for name, value in sizes.items()}, row | sizes]})
+    # exp 1, exp 2, 1 nat, exp 2, exp 4, log2(e) / 2.
+    assert "| m | 2 | 8 | 2.718 | 7.389 | 1 | 7.389 | 54.6 | 0.7213 | 1,048,576 | 4.00 | 8.00 |" in table
+
+
+def test_a_row_holds_both_scores_and_what_had_crossed_a_border_when_the_last_token_was_predicted(tmp_path):
+    text = "one two three four five six. "[:24]  # four segments, of which the last token is read by nobody
+    (tmp_path / "a.txt").write_text(text)
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.4)
+    model = FullTransformer(FullTransformer.config_class(vocab_size=256, segment_length=6, **shape)).double().eval()
+    [row], _ = run(model, PerplexitySettings(texts=(f"{tmp_path}/a.txt",)))
+    document = np.frombuffer(text.encode(), np.uint8)
+    for name, memory in (("nll", True), ("nll_without_memory", False)):
+        [expected] = score_documents(model, [document], memory=memory)
+        assert row[name] == pytest.approx(sum(expected), rel=1e-9)
+    assert row["nll"] != pytest.approx(row["nll_without_memory"], rel=1e-3)
+    assert row["carried_numbers"] == model.carried(18).numbers < model.carried(24).numbers
+
+
+def test_a_document_of_one_segment_reads_no_memory(folder):
+    with pytest.raises(InputError, match="the longest document has 19 tokens and a segment 19"):
+        run(uniform(segment_length=19), PerplexitySettings(texts=(f"{folder}/a.txt",)))

@@ -117,3 +117,13 @@ def test_settings_that_cannot_be_measured_are_refused():
         evaluate(Copier(0), 1)
     with pytest.raises(InputError, match="recall pools"):
         evaluate(Copier(0), 100, pool=677)
+
+
+def test_an_octave_begins_at_its_power_of_two(monkeypatch):
+    def written(random, tokens, answer, pool, longest_gap, held_out):
+        tokens[:], answer[:] = 48, True
+        return np.array([0, 16, 31, 32, 63, 64])
+
+    monkeypatch.setattr("infini.tasks.recall.evaluate.write_recall", written)
+    rows = evaluate(Copier(0), 6, rows=1)
+    assert [(row["distance_from"], row["distance_to"], row["digits"]) for row in rows] == [(16, 32, 2), (32, 64, 2), (64, 128, 1)]

@@ -22,7 +22,7 @@ def parts(tiny_model, settings):
 
 
 def draw():
-    return random.random(), np.random.rand(), torch.rand(()).item()
+    return random.random(), np.random.rand(), np.random.normal(), torch.rand(()).item()  # a normal leaves a second one behind
 
 
 def test_everything_comes_back(parts, tiny_model, settings, tmp_path):
@@ -47,16 +47,37 @@ def test_only_the_newest_is_kept(parts, tmp_path):
     assert latest_checkpoint(tmp_path).name == "step-00000100"
 
 
+def test_saved_twice_it_is_there_once(parts, tmp_path):
+    for seconds in (1.0, 2.0):
+        path = save_checkpoint(tmp_path, *parts, Progress(9, seconds=seconds))
+    assert [found.name for found in tmp_path.iterdir()] == ["step-00000009"]
+    assert load_checkpoint(path, *parts).seconds == 2.0
+
+
+def test_of_two_that_are_whole_the_later_counts(tmp_path):
+    """A process may die before it has deleted the older one."""
+    for step in (10, 9, 100):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    assert latest_checkpoint(tmp_path).name == "step-00000100"
+
+
+def test_progress_keeps_the_farthest_reach():
+    progress = Progress()
+    for reach in ((8, 40), (16, 20), (4, 4)):
+        progress.reached(*reach)
+    assert (progress.gradient_tokens, progress.text_tokens) == (16, 40)
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert latest_checkpoint(tmp_path / "missing") is None
 
 
-def full_disk(content, file):
-    file.write(b"half")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(parts, tmp_path, monkeypatch, number):
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError(number, os.strerror(number))
 
-
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(parts, tmp_path, monkeypatch):
     save_checkpoint(tmp_path, *parts, Progress(5))
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(InputError, match="no space left .* checkpoint of step 5 is intact"):

@@ -11,6 +11,7 @@ from infini.errors import InputError
 from infini.train import train
 from infini.train.long_gap import gap_loss_of
 from infini.train.loop import _schedule
+from infini.train.reach import reach_of
 from infini.train.step import Parallel
 
 N, PERIOD = 4, 8
@@ -79,11 +80,27 @@ def test_half_of_what_is_read_has_half_of_the_gradient():
     assert_alike({name: whole[name] - none[name] for name in none}, {name: 2 * (half[name] - none[name]) for name in none}, 1e-4)
 
 
+def test_the_schedule_learns_it():
+    model, batch = build(), gap_batch(40)
+    expected = learned(model, batch, 4, 2)[1]
+    model.zero_grad()
+    Parallel(4, 2).learn(model, batch, sum)
+    assert_alike({name: p.grad for name, p in model.named_parameters()}, expected, 1e-9)
+
+
 @pytest.mark.parametrize("segments", [1, 3, 100])
 def test_the_loss_is_the_same(segments):
     model, batch = build(layers=2), gap_batch(9, period=9 * N)
     plain, found = gap_loss_of(model, batch, 5), gap_loss_of(model, batch, 5, segments)
     torch.testing.assert_close(torch.stack(tuple(found)), torch.stack(tuple(plain)), rtol=1e-6, atol=0)
+
+
+def test_no_more_is_told_to_have_gradient_than_there_is():
+    batch = gap_batch(3)
+    assert reach_of(batch, gap_gradient_segments=5) == ((4 + 3) * N, (4 + 3) * N)
+    alone = dataclasses.replace(batch, gap=None)
+    assert [reach_of(alone, bptt_segments=segments)[0] for segments in (1, 4, 9)] == [N, 4 * N, 4 * N]
+    assert reach_of(alone, gap_gradient_segments=5) == (4 * N, 4 * N)
 
 
 def test_a_call_without_gradient_keeps_none():

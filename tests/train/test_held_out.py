@@ -11,7 +11,8 @@ import torch
 from infini.errors import InputError
 from infini.train import held_out as held_out_module
 from infini.train import train
-from infini.train.held_out import read_note
+from infini.train.checkpoint import Progress
+from infini.train.held_out import HeldOut, read_note
 from infini.train.reach import read_reach
 
 LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: 0.5, 11: 0.7}
@@ -160,6 +161,28 @@ def test_dead_before_the_best_weights_were_written(run, tmp_path, monkeypatch, w
     _, asked = run("a", before=lambda index: reached.append((index, read_note(tmp_path / "a/best/model")["step"])))
     assert reached[0] == (4, 4) and min(asked) == 6
     assert read_note(tmp_path / "a/best/model") == {"step": 10, "bits_per_byte": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # by torch itself, when its compiler is imported
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_is_read_in_the_precision_of_training_and_compiles_nothing(tiny_model, copy_source, settings, tmp_path, precision):
+    compiled, found = [], []
+
+    def read(model):
+        found.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        torch.compile(lambda x: x + 1, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)(torch.ones(2))
+        return 1.0
+
+    source = Scripted(copy_source())
+    source.held_out = read
+    HeldOut(source, settings(validate_every=2, precision=precision), tmp_path).measure(tiny_model(), torch.device("cpu"), Progress(2))
+    assert found == [torch.bfloat16 if precision == "bf16" else torch.float32] and not compiled
+
+
+def test_the_best_weights_say_how_far_their_training_reached(tiny_model, copy_source, settings, tmp_path):
+    progress = Progress(step=2, gradient_tokens=4, text_tokens=9, best_held_out=1.0, best_step=2)
+    HeldOut(Scripted(copy_source()), settings(validate_every=2), tmp_path).keep(tiny_model(), progress)
+    assert read_reach(tmp_path / "best/model") == {"gradient_tokens": 4, "text_tokens": 9}
 
 
 def test_epochs_are_those_of_all_accumulated_batches(run):

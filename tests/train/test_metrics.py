@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -41,10 +42,19 @@ def result(tokens, answers, norm, *counts):
 
 def test_losses_are_means_over_all_tokens_of_the_window_not_means_of_means():
     window = Window()
-    window.add(1, result(10, 0, 1, 10, 0))
-    window.add(2, result(90, 8, 3, 30, 2))
+    window.add(1, result(10, 4, 1, 10, 1))
+    window.add(2, result(90, 8, 3, 30, 3))
     assert window.tokens == 40
-    assert window.read() == {"loss": 6.5, "token_loss": 2.5, "answer_loss": 4.0, "gradient_norm": 2.0}
+    assert window.read() == {"loss": 5.5, "token_loss": 2.5, "answer_loss": 3.0, "gradient_norm": 2.0}
+
+
+def test_a_window_is_as_long_as_its_steps_took():
+    before = time.perf_counter()
+    window = Window()
+    time.sleep(0.01)
+    window.add(1, result(1, 1, 1, 1, 1))
+    window.read()
+    assert 0.01 <= window.seconds <= time.perf_counter() - before
 
 
 def test_the_loss_told_is_the_one_minimized():

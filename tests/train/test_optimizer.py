@@ -6,7 +6,8 @@ from infini.train.optimizer import build_optimizer, learning_rate_at, set_learni
 
 def test_each_group_has_its_rate_and_only_matrices_decay(tiny_model, settings):
     model = tiny_model()
-    optimizer = build_optimizer(model, settings(memory_learning_rate_scale=7.0, weight_decay=0.2))
+    optimizer = build_optimizer(model, settings(memory_learning_rate_scale=7.0, weight_decay=0.2, betas=(0.5, 0.6)))
+    assert all(group["betas"] == (0.5, 0.6) for group in optimizer.param_groups)
     set_learning_rate(optimizer, 0.01)
     found = {
         name: (group["lr"], group["weight_decay"])

@@ -277,6 +277,14 @@ def test_a_kept_state_does_not_keep_a_whole_group_alive():
             assert not tensor.requires_grad
 
 
+def test_the_state_behind_a_batch_does_not_keep_its_last_group_alive():
+    """It is held while all groups before are replayed."""
+    _, end = Replay(N, 2).learn(build("linear"), rows(), weigh)
+    for layer in end.layers:
+        for tensor in layer.tensors().values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def forward_tokens(schedule, segments=8):
     model, read = build(), []
 

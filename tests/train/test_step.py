@@ -1,9 +1,11 @@
+import weakref
+
 import pytest
 import torch
 
 from infini.train.loss import loss_of
 from infini.train.optimizer import build_optimizer
-from infini.train.step import take_step
+from infini.train.step import Parallel, take_step
 from infini.train.window import Window
 
 CPU = torch.device("cpu")
@@ -44,11 +46,28 @@ def test_accumulated_batches_weigh_as_one_large_batch(tiny_model, copy_source, w
 @pytest.mark.parametrize("clip", [0.25, 1e9])
 def test_the_norm_is_told_before_clipping_and_bounded_after(tiny_model, copy_source, clip):
     model = tiny_model()
-    optimizer = Watched(model.parameters())
+    optimizer = Watched([{"params": [parameter]} for parameter in model.parameters()])  # of all groups together
     result = take_step(model, optimizer, [copy_source()[0]], clip, CPU)
     after = torch.cat([seen.flatten() for seen in optimizer.seen]).norm().item()
     assert result.gradient_norm > 0.25
     assert after == pytest.approx(min(clip, result.gradient_norm.item()), rel=1e-4)
+
+
+def test_the_state_behind_a_batch_is_gone_when_the_next_one_is_read(tiny_model, copy_source):
+    """It may be a view into the activations of the whole batch."""
+    ends = []
+
+    class Held(Parallel):
+        def learn(self, model, batch, weigh, state=None):
+            assert all(end() is None for end in ends)
+            sums, _ = super().learn(model, batch, weigh, state)
+            end = torch.zeros(3)
+            ends.append(weakref.ref(end))
+            return sums, end
+
+    model = tiny_model()
+    take_step(model, Watched(model.parameters()), [copy_source()[i] for i in range(3)], 1.0, CPU, Held())
+    assert len(ends) == 3
 
 
 def test_gradients_of_the_step_before_do_not_count(tiny_model, copy_source):

@@ -138,6 +138,8 @@ def test_streams_keep_apart_and_batches_of_none_begin_anew():
         expected = model(source[i].tokens[:, :-1], reset=source[i].reset[:, :-1])[1]
         assert torch.equal(state.layers[1].memory.matrix, expected.layers[1].memory.matrix)
         assert not state.layers[1].memory.matrix.requires_grad
+    for begins in (alone, dataclasses.replace(source[0], stream=2)):
+        assert streams.begin(begins) is None is streams.start
 
 
 def test_a_state_is_no_view_that_keeps_activations_alive():
@@ -178,6 +180,17 @@ def test_stopped_and_resumed_a_run_has_the_same_bits(settings, tmp_path, precisi
     for i in range(2):
         kept = [load_file(next((tmp_path / name).rglob(f"stream-{i}.safetensors"))) for name in ("whole", "halves")]
         assert len(kept[0]) > 8 and all(torch.equal(x, kept[1][name]) for name, x in kept[0].items())
+
+
+def test_the_longest_document_so_far_is_that_of_the_longest_row():
+    streams, model, batch = Streams(), build(), dataclasses.replace(Text(streams=1)[0], reset=None)
+    reset = torch.zeros_like(batch.answer)
+    reset[0, 5] = True
+    _, state = model(batch.tokens[:, :-1], reset=reset[:, :-1])
+    streams.end(batch, state)
+    streams.end(dataclasses.replace(batch, stream=1), model(batch.tokens[:, :-1], state)[1])
+    assert streams.tokens_seen(batch) == WINDOW
+    assert streams.tokens_seen(dataclasses.replace(batch, stream=None)) == 0
 
 
 def test_a_run_says_how_long_its_documents_were(settings, tmp_path):

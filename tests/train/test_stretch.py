@@ -154,6 +154,12 @@ def test_a_rule_whose_second_turn_writes_otherwise_is_refused():
     gap_loss_of(build("gamma_delta"), gap_batch(4), 4)  # read in full
 
 
+def test_a_text_counts_at_least_once():
+    held = MemoryState(torch.ones(1, 1, 2, 2), None)
+    with pytest.raises(InputError, match="cannot count 0 times; at least once"):
+        stretch("deltanet", held, held, torch.eye(2), 0)
+
+
 def test_a_gap_in_delta_is_estimated_by_the_model():
     model, batch = build("delta"), gap_batch(64)
     _, state = model(batch.tokens[:, : 2 * N])
