@@ -94,16 +94,18 @@ def told_share(shares: list[float]) -> str:
     return f"{100 * sum(shares) / len(shares):.1f} %" + (f" ({low} to {high})" if low != high else "")
 
 
-FOLDER, ABLATION = re.search(r"<!-- ablation: (\S+) -->\n((?:\|.*\n)+)", README).groups()
+TABLES = re.findall(r"<!-- ablation: (\S+) -->\n((?:\|.*\n)+)", README)
+FOLDER, ABLATION = TABLES[0][0], [line for _, table in TABLES for line in table.splitlines()[2:]]
 RATES = ["5e-4", "1e-3", "2e-3"]
 
 
 def test_no_row_of_the_ablation_is_left_out():
-    told = re.findall(r"^\| `(\w+)` \|", ABLATION, re.M)
+    told = [re.match(r"\| `(\w+)` \|", line)[1] for line in ABLATION]
+    assert {folder for folder, _ in TABLES} == {FOLDER}
     assert sorted(told) == sorted(path.stem for path in (ROOT / "conf/experiment/ablation").iterdir())
 
 
-@pytest.mark.parametrize("line", ABLATION.splitlines()[2:], ids=lambda line: line.split("`")[1])
+@pytest.mark.parametrize("line", ABLATION, ids=lambda line: line.split("`")[1])
 def test_the_ablation_is_its_records(line):
     row, _, rate, seeds, *cells = [cell.strip(" `") for cell in line.strip(" |").split("|")]
     rates = ablation_runs(FOLDER).get(row, {})
@@ -142,8 +144,13 @@ def test_what_made_the_difference_is_the_records():
     assert paper["training"]["data"]["max_segments"] * paper["training"]["data"]["segment_length"] == 5120
     assert f"in {100 * mean_of(runs['plain_loss']['1e-3'][0]['passkey'], 'exact_match', 131072):.0f} % of prompts of 131,072 and never" in section
     assert mean_of(runs["plain_loss"]["1e-3"][0]["passkey"], "exact_match", 1048576) == 0
-    assert right_of([row for run in runs["write_gate"]["5e-4"] for row in run["passkey"] if row["length"] == 1048576]) in section
-    assert all(mean_of(run["passkey"], "exact_match", 1048576) < 1 for row, rate in (("linear", "1e-3"), ("delta", "5e-4")) for run in runs[row][rate])
+    million = {(row, rate): [[cell for cell in run["passkey"] if cell["length"] == 2**20] for run in runs[row][rate]]
+               for row, rate in (("linear", "1e-3"), ("delta", "5e-4"), ("qk_norm", "5e-4"), ("write_gate", "5e-4"))}  # fmt: skip
+    found = {row: right_of(sum(cells, [])) for (row, _), cells in million.items()}
+    assert f"{found['write_gate']}, the three seeds alike, where `qk_norm` at the same rate finds {found['qk_norm']}" in section
+    for row in (("linear", "1e-3"), ("delta", "5e-4")):
+        assert all(mean_of(cells, "exact_match", 2**20) < 1 for cells in million[row])
+        assert mean_of(sum(million[row], []), "exact_match", 2**20) > 0.5
     assert mean_of(runs["frozen_gates"]["5e-4"][0]["validation"], "digit_accuracy", 16384) == 1
     lower = ("delta", "qk_norm", "write_gate", "long_gap")
     found = [round(40 * mean_of(runs[row]["1e-3"][0]["passkey"], "exact_match", 1048576)) for row in lower]
