@@ -189,10 +189,11 @@ def test_every_model_compiles_what_stands_around_its_attention(name, graphs, tmp
     assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-5)
 
 
-def test_a_machine_without_a_compiler_is_told(tmp_path):
+def test_a_machine_without_a_compiler_is_told(tmp_path, monkeypatch):
     from torch._inductor import config
 
-    with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing that was compiled before
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
         torch._dynamo.reset()
         with pytest.raises(InputError, match=r"compile is true, but torch's compiler fails here \(.*no-such-compiler.*train\.compile=false"):
-            run(infini(), Mixed(SEVERAL), tmp_path, compile=True)
+            run(infini(), Mixed(SEVERAL), tmp_path / "run", compile=True)
