@@ -162,6 +162,13 @@ def test_what_made_the_difference_is_the_records():
     assert compiled.count(False) == 7 and "Seven of the trainings" in section
 
 
+def test_two_trainings_on_a_gpu_are_their_records():
+    alone, beside = (ablation_runs(FOLDER)["no_recall"][rate][0]["training"]["metrics"]["tokens_per_second"] for rate in ("1e-3", "5e-4"))
+    negative = (ROOT / "results/NEGATIVE.md").read_text()
+    assert f"alone on an H200 learned {alone / 1e6:.2f}M tokens/s" in negative and f"as one of two on an H200 {beside / 1e6:.2f}M\n" in negative
+    assert f"learn [{2 * beside / alone:.1f} times](results/NEGATIVE.md#two-trainings-on-one-gpu)" in README
+
+
 def test_peak_memory_does_not_grow():
     peaks = {row["peak_memory_bytes"] for row in read(f"{FAR}/seed1/peak_memory/record.json")["rows"]}
     assert len(peaks) == 1 and "the same to the byte" in README
