@@ -129,6 +129,18 @@ def read_weights(folder: str | os.PathLike, expected: dict[str, Tensor]) -> dict
     return weights
 
 
+def require_tokenizer(folder: str | os.PathLike, stored: str) -> str:
+    """The tokenizer that a folder's `config.json` names, as a path, once it is known to be the one of the weights.
+
+    Raises:
+        InputError: it is missing, or another than the weights were trained with.
+    """
+    found = tokenizer_file.find(Path(folder), stored)
+    for part in _weight_files(Path(folder)):
+        _check_tokenizer(part)
+    return found
+
+
 def _check_tokenizer(weights: Path) -> None:
     with safe_open(weights, framework="pt") as file:
         trained = (file.metadata() or {}).get(TOKENIZER_KEY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from infini import checkpoint
+from infini import checkpoint, tokenizer_file
 from infini.errors import InputError
 from infini.hf.cache import InfiniCache
 from infini.hf.config import InfiniHFConfig
@@ -208,6 +209,9 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
             state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
             if self.config.tie_word_embeddings:
                 state_dict.pop("head.weight", None)
+            if os.path.dirname(self.config.tokenizer):  # a path, not the name of a file in a folder that is not known
+                Path(save_directory).mkdir(parents=True, exist_ok=True)
+                tokenizer_file.store(Path(save_directory), self.config.tokenizer)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
@@ -232,4 +236,7 @@ class InfiniForCausalLM(PreTrainedModel, GenerationMixin):
         if missing or extra:
             raise InputError(f"{where} belongs to another configuration: missing {missing[:3]}, unexpected {extra[:3]}")
         checkpoint.require_finite(where, model.state_dict())
+        if os.path.isdir(where) and model.config.tokenizer == tokenizer_file.FILE:  # in that folder, not in the current one
+            model.config.tokenizer = checkpoint.require_tokenizer(where, model.config.tokenizer)
+            model.model.config = model.config.infini
         return (model, found) if output_loading_info else model

@@ -11,6 +11,8 @@ from infini.tasks.booksum.prompt import END, SUMMARY_PROMPT
 
 from infini.cli.compose import compose
 from infini.cli.main import main
+from infini.cli.summarize import _require_text
+from infini.errors import InputError
 from infini.report.booksum import _by_distance, booksum_table, cloze, gap, rows_at, score, variants, worth
 from infini.report.booksum_page import booksum_page
 from infini.report.booksum_sweep import books_table
@@ -166,6 +168,13 @@ def test_mistakes(trained, capsys, asked, message):
 
 def row(pair, length, **more):
     return {"model": "m", "variant": "whole model", "pair": pair, "book": pair, "length": length, "outputs": [], "cloze": [], "beyond": None, **more}
+
+
+def test_the_place_that_is_no_text_is_counted_from_the_beginning(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"a" * (2**20 + 7) + b"\xff" + b"a" * 9)
+    with pytest.raises(InputError, match="near byte 1,048,583"):
+        _require_text(path)
 
 
 def test_gap_and_scores_by_hand():

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from infini.cli.build import fill
+from infini.cli.build import fill, locate, model_class
 from infini.errors import InputError
 
 
@@ -40,3 +40,20 @@ def test_a_value_of_the_fields_type_arrives(key, value, expected):
 def test_any_other_value_is_refused_by_name(key, value):
     with pytest.raises(InputError, match=f"^there.{key} is .* but must be "):
         fill(Settings, "there", {key: value})
+
+
+def test_a_dependency_that_is_missing_is_not_taken_for_the_target(monkeypatch):
+    def without_triton(module):
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    with pytest.raises(InputError, match="there is no such name"):
+        locate("infini.nowhere.Thing")
+    monkeypatch.setattr("importlib.import_module", without_triton)
+    with pytest.raises(ModuleNotFoundError, match="triton"):
+        locate("infini.model.InfiniTransformer")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "../train", "../model/rmt"])
+def test_a_kind_of_model_is_a_name_in_conf_model(model_type):
+    with pytest.raises(InputError, match="which is no model of this library"):
+        model_class(model_type)

@@ -13,6 +13,8 @@ import torch
 
 from infini.cli import generate
 from infini.cli import main as cli
+from infini.cli.build import fill
+from infini.cli.compose import compose
 from infini.config import InfiniConfig
 from infini.data.tokenizer import ByteTokenizer
 from infini.model import InfiniTransformer
@@ -122,6 +124,13 @@ def test_a_text_without_words_is_cut_and_told(with_words, monkeypatch, caplog):
     assert "13 bytes without a place between two words" in caplog.text
 
 
+@pytest.mark.parametrize(("asked", "found"), [("null", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_model_reads_in_the_dtype_and_pieces_that_are_asked_for(checkpoint, book, asked, found):
+    arguments = [f"checkpoint={checkpoint}", "prompt_file=book.txt", "device=cpu", f"dtype={asked}", "piece=64"]
+    session, _ = generate.read(fill(generate.Command, "", compose("generate", arguments)))
+    assert {parameter.dtype for parameter in session.model.parameters()} == {found} and session.piece == 64
+
+
 def test_stop_ends_an_answer_wherever_it_falls(checkpoint, book, capsys):
     (free,) = answers(checkpoint, TEXT, [b""], 30)
     for start in range(0, 20, 3):
@@ -137,10 +146,11 @@ def test_text_is_printed_when_it_is_certain():
             self.ids, self.model = text.encode(), torch.nn.Linear(1, 1)
 
         def generate(self, *args, **options):
+            assert args == (9, 0.5, 7, 0.9)  # as they are asked for
             return iter(self.ids)
 
     def parts(text, stop):
-        command = type("Command", (), dict(max_new_tokens=9, temperature=0.0, top_k=None, top_p=None, stop=stop, seed=0, decode="eager"))
+        command = type("Command", (), dict(max_new_tokens=9, temperature=0.5, top_k=7, top_p=0.9, stop=stop, seed=0, decode="eager"))
         return list(generate._answer(command, Session(text), ByteTokenizer()))
 
     assert parts("a\u20acb", None) == ["a", "\u20ac", "b", ""]  # no half of a character

@@ -7,6 +7,8 @@ import torch
 
 from infini import InfiniConfig, InfiniTransformer
 from infini.cli.main import main
+from infini.cli.measure import Command, _is_measured, _load_model
+from infini.errors import InputError
 from infini.report.fingerprint import fingerprint
 
 GRID = ["pairs=[1,3]", "distances=[0,200]", "rows=2", "asked=2", "device=cpu"]
@@ -52,6 +54,24 @@ def test_drift_leaves_a_record(models, tmp_path, capsys):
     assert [(row["model"], row["tokens"]) for row in record["rows"]] == [(name, 64), (name, 200)]
     assert all(0 < row["read_error"] < 1e-4 for row in record["rows"])
     assert "| 200 |" in capsys.readouterr().out and (tmp_path / "out" / "record.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_record_of_something_else_is_not_taken_for_the_one_asked_for(tmp_path):
+    config = {"checkpoint": "runs/a/model", "output": "x", "device": "cpu", "dtype": None, "rows": 2}
+    record = tmp_path / "record.json"
+    assert not _is_measured(record, config)
+    record.write_text(json.dumps({"schema": 1, "kind": "capacity", "command": "infini capacity", "config": config}))
+    assert _is_measured(record, config | {"checkpoint": "moved/a/model", "output": "y", "device": "cuda"})
+    for change in ({"dtype": "bfloat16"}, {"rows": 3}, {"asked": 2}, {"checkpoint": "runs/a/best/model"}):
+        with pytest.raises(InputError, match=f"was measured with {'' if 'checkpoint' in change else next(iter(change))}.*choose another output"):
+            _is_measured(record, config | change)
+
+
+@pytest.mark.parametrize(("asked", "found"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_model_is_measured_in_the_dtype_that_is_asked_for(models, asked, found):
+    name = next(iter(models))
+    model, called, _ = _load_model(name, Command(checkpoint=name, output="x", device="cpu", dtype=asked))
+    assert {parameter.dtype for parameter in model.parameters()} == {found} and called == name
 
 
 @pytest.mark.parametrize("command", ["capacity", "drift"])

@@ -33,7 +33,8 @@ def sweep(tmp_path):
         model = kind(config(**SHAPE, **more, tokenizer=str(tmp_path / "tokenizer.json")))
         model.save_pretrained(folder / name / "model")
         group = "infini_long" if config is InfiniConfig else "rmt"
-        record = PROVENANCE | {"overrides": [f"model={group}", f"seed={seed}", f"train.learning_rate={rate}"], "seeds": {"train": seed}}
+        overrides = [f"model={group}", f"seed={seed}", f"train.learning_rate={rate}", "train.steps=7"]
+        record = PROVENANCE | {"overrides": overrides, "seeds": {"train": seed}}
         (folder / name / "record.json").write_text(json.dumps(record | {"metrics": {"loss": loss}}))
         built[name] = model
     return folder, built
@@ -53,7 +54,8 @@ def test_each_model_goes_on_at_its_picked_rate_and_once(sweep, tmp_path, capsys)
         assert record["seeds"]["train"] == {"b": 0, "c/d": 3, "c/e": 4}[name] and record["data"]["class"].endswith("PasskeyTraining")
         said = dict(override.split("=", 1) for override in record["overrides"])
         assert said["model"] == ("infini_long" if name == "b" else "rmt") and said["seed"] == str(record["seeds"]["train"])
-        assert said["train.learning_rate"] == "1e-9" and said["task"] == "passkey" and "output" not in said and "train.device" not in said
+        assert said["train.learning_rate"] == "1e-9" and said["train.steps"] == "2"  # what was asked last
+        assert said["task"] == "passkey" and "output" not in said and "train.device" not in said
         trained = type(built[name]).from_pretrained(tmp_path / "out" / name / "model")
         for key, weight in built[name].state_dict().items():  # the step was tiny: these are the weights it began with
             torch.testing.assert_close(trained.state_dict()[key], weight, atol=1e-3, rtol=1e-3)
@@ -76,6 +78,7 @@ def test_what_cannot_be_is_said(sweep, tmp_path, capsys):
     folder, _ = sweep
     for more, message in (
         (["model=rmt"], f"model is given beside runs: each model goes on as it is in {folder}; leave model out"),
+        (["-m"], "-m is given beside runs"),
         (["weights=x"], "weights is given beside runs"),
         (["train.stepz=1"], "nothing reads train.stepz; did you mean train.steps?"),
     ):

@@ -2,13 +2,14 @@
 
 import fcntl
 import json
+import shutil
 
 import pytest
 import torch
 
 from infini import InfiniConfig, InfiniTransformer
 from infini.cli.main import main
-from infini.cli.runs import held, measure_each, runs_below
+from infini.cli.runs import held, measure_each, model_of, require_runs, runs_below
 from infini.errors import InputError
 
 PASSKEY = ["lengths=[300]", "depths=[0,1]", "samples=1", "device=cpu"]
@@ -36,6 +37,8 @@ def test_each_model_has_a_record_and_a_damaged_one_stops_no_other(command, asked
     assert sorted(map(str, found)) == ["seed=0/mine/record.json", "seed=2/mine/record.json"]
     for path, record in found.items():
         assert record["config"]["checkpoint"] == str(sweep / path.parts[0] / "model") and record["config"]["runs"] is None
+        if command == "capacity":
+            assert {row["model"] for row in record["rows"]} == {"infini"} == record["data"].keys()  # alike in every run, for the report
 
     before = {path: (sweep / path).read_bytes() for path in found}
     good = InfiniTransformer.from_pretrained(sweep / "seed=0" / "model")
@@ -92,6 +95,25 @@ def test_runs_are_picked_by_what_the_report_was_told(grid):
     (grid / "sweep.json").write_text(json.dumps({"jobs": [], "report": {"pick": "validation/digit_accuracy"}}))
     measure_each(grid, "x", lambda model, output: done.append(output.parent.name), picked=True)
     assert done == ["seed=1", "seed=2", "seed=0", "seed=2"]
+
+
+def test_the_best_weights_are_of_their_run_and_measured_where_they_are_asked_for(sweep):
+    from infini.train.held_out import FILE
+
+    for seed in range(3):
+        shutil.copytree(sweep / f"seed={seed}" / "model", sweep / f"seed={seed}" / "best" / "model")
+        (sweep / f"seed={seed}" / "best" / "model" / FILE).write_text('{"step": 3, "loss": 1.0}')
+    assert runs_below(sweep) == [sweep / f"seed={seed}" for seed in range(3)]
+    done = []
+    for best in (False, True):
+        measure_each(sweep, "x", lambda model, output: done.append((str(model.relative_to(sweep)), output.name)), best=best)
+    assert done == [(f"seed={seed}/{folder}", "x") for folder in ("model", "best/model") for seed in range(3)]
+    (sweep / "seed=1" / "best" / "model" / FILE).unlink()
+    with pytest.raises(InputError, match="best is true, but .*seed=1 has no best/model: it was trained without train.validate_every"):
+        model_of(sweep / "seed=1", best=True)
+    for asked in ("picked", "best"):
+        with pytest.raises(InputError, match=f"{asked} is true, but runs is null"):
+            require_runs(asked == "picked", asked == "best", None)
 
 
 def test_what_another_process_works_on_is_left_to_it(sweep):

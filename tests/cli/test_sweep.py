@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from infini.cli.sweep import Stopped, combinations, run_job
+from infini.cli.sweep import Stopped, asked_for, combinations, run_job
 from infini.cli.worker import Worker, gpu_of, take_slot
+from infini.errors import InputError
+from infini.report.jobs import find_jobs
 
 SWEEP = [sys.executable, "-m", "infini.cli.main", "train", "-m", "debug=tiny", "hydra/launcher=parallel", "hydra.launcher.n_jobs=2", "output=s"]
 
@@ -153,6 +155,23 @@ def test_this_process_is_no_worker(monkeypatch):
     assert Worker.here() is None
     monkeypatch.setenv("INFINI_SWEEP", str(os.getpid()))  # the sweep itself
     assert Worker.here() is None
+
+
+def test_a_job_is_noted_while_it_runs_and_begins_without_its_old_error(tmp_path):
+    seen = []
+
+    def train():
+        seen.extend((job.overrides, job.error) for job in find_jobs(tmp_path))
+        raise InputError("it diverged")
+
+    for _ in range(2):
+        with pytest.raises(InputError, match="it diverged"):
+            run_job(train, tmp_path / "job", ["seed=0"])
+    assert seen == [(("seed=0",), None)] * 2 and find_jobs(tmp_path)[0].error == "it diverged"
+
+
+def test_where_a_job_runs_is_no_part_of_what_it_computes():
+    assert asked_for(["seed=0", "train.device=cpu", "train.devices=2"], ["train.device", "output"]) == ["seed=0", "train.devices=2"]
 
 
 def test_jobs_are_counted_as_hydra_counts_them():

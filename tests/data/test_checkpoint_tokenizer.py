@@ -57,6 +57,23 @@ def test_another_tokenizer_in_its_place_is_found_out(checkpoint):
         infini.load(checkpoint)
 
 
+def test_what_decides_its_tokens_is_compared_and_not_how_the_file_is_laid_out(checkpoint):
+    path = checkpoint / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(content | {"truncation": None, "note": "written again"}, indent=7))
+    infini.load(checkpoint)
+    path.write_text(json.dumps(content | {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}))
+    with pytest.raises(InputError, match="another tokenizer than the one"):
+        infini.load(checkpoint)
+
+
+def test_a_model_that_is_saved_over_another_brings_its_own(checkpoint, tmp_path):
+    (tmp_path / "other.json").write_bytes(train_bpe(["another text with other words, other words in another text " * 9], SIZE))
+    config = InfiniConfig(**SHAPE, tokenizer=str(tmp_path / "other.json"))
+    InfiniTransformer(config).save_pretrained(checkpoint)
+    assert load_tokenizer(infini.load(checkpoint).config).encode(TEXT) == load_tokenizer(config).encode(TEXT)
+
+
 def test_a_missing_one_is_said(checkpoint):
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="tokenizer.json is missing.*copy the whole folder"):
@@ -101,3 +118,29 @@ def test_lm_eval_reads_with_it(checkpoint):
 
     lm = InfiniLM(pretrained=str(checkpoint), device="cpu")
     assert lm.tok_encode(TEXT, False) == load_tokenizer(lm.model.config).encode(TEXT)
+
+
+def test_a_path_is_no_name_inside_a_folder_of_transformers_either(learned, tmp_path):
+    pytest.importorskip("transformers")
+    from infini.hf import InfiniForCausalLM, InfiniHFConfig
+
+    InfiniForCausalLM(InfiniHFConfig(**SHAPE, tokenizer=str(learned / "tokenizer.json"))).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tokenizer"] == "tokenizer.json"
+
+
+def test_transformers_takes_it_from_the_folder_and_leaves_it_in_the_next(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from infini.hf import InfiniForCausalLM
+
+    other = train_bpe(["another text with other words, other words in another text " * 9], SIZE)
+    (tmp_path / "tokenizer.json").write_bytes(other)
+    monkeypatch.chdir(tmp_path)  # where a file of the same name lies
+    expected = load_tokenizer(infini.load(checkpoint).config).encode(TEXT)
+    model = InfiniForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "two")
+    model.model.save_pretrained(tmp_path / "three")
+    for folder in ("two", "three"):
+        assert load_tokenizer(infini.load(tmp_path / folder).config).encode(TEXT) == expected
+    (checkpoint / "tokenizer.json").write_bytes(other)
+    with pytest.raises(InputError, match="another tokenizer than the one that model.safetensors was trained with"):
+        InfiniForCausalLM.from_pretrained(checkpoint)

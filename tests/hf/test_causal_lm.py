@@ -144,6 +144,9 @@ def test_rows_of_a_state_can_be_taken_and_copied(tokens):
     torch.testing.assert_close(swapped.flip(0), straight)
     with pytest.raises(InputError, match="state has 2 rows, tokens have 1"):
         model(tokens[:1, 20:], state)
+    copied, kept = state.clone(), state.cache.layers[0].keys.clone()
+    copied.cache.layers[0].keys.zero_()
+    assert torch.equal(state.cache.layers[0].keys, kept)  # a clone shares nothing
 
 
 @torch.no_grad()
@@ -164,7 +167,7 @@ def test_a_folder_runs_the_passkey_benchmark(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "model")
     model, tokenizer = load_causal_lm(tmp_path / "model")
     assert tokenizer.prefix_ids == [256] and tokenizer.vocab_size == 257
-    assert tokenizer.decode(tokenizer.encode(" 12345. é")) == " 12345. é"
+    assert tokenizer.decode([256, *tokenizer.encode(" 12345. é")]) == " 12345. é"
     settings = PasskeyBenchmark(lengths=(300, 400), depths=(0.5,), samples=2, batch_size=2)
     rows = run(model, tokenizer, settings, tmp_path / "out")
     # Nothing is learned, so nothing is found; the cache grows with the text, by the formula.
@@ -176,7 +179,10 @@ def test_a_folder_runs_the_passkey_benchmark(tmp_path):
 def test_a_tokenizer_without_a_first_token_has_no_prefix():
     from infini.hf.tokenizer import HuggingFaceTokenizer
 
-    assert HuggingFaceTokenizer(byte_tokenizer(begin=False)).prefix_ids == []
+    stock = byte_tokenizer(begin=False)
+    assert HuggingFaceTokenizer(stock).prefix_ids == []
+    stock.add_tokens(["<more>"])
+    assert HuggingFaceTokenizer(stock).vocab_size == stock.vocab_size + 1 == 258
 
 
 def test_a_table_of_positions_is_a_limit_that_is_named(tokens):
@@ -184,6 +190,33 @@ def test_a_table_of_positions_is_a_limit_that_is_named(tokens):
     _, state = model(tokens)
     with pytest.raises(InputError, match="table of 64 positions and cannot read 80 tokens"):
         model(tokens, state)
+
+
+@torch.no_grad()
+def test_padding_takes_no_place_in_a_table(tokens):
+    model = HuggingFaceCausalLM(gpt2())
+    padding = torch.zeros(2, 80, dtype=torch.bool)
+    padding[:, 10:30] = True
+    twice = tokens.repeat(1, 2)
+    found, state = model(twice, padding=padding, keep="last")
+    alone, _ = model(torch.cat([twice[:, :10], twice[:, 30:]], dim=1), keep="last")
+    torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+    assert state.tokens_seen.tolist() == [60, 60]
+
+
+def test_a_table_with_two_places_more_is_a_limit_too(tokens):
+    shape = dict(vocab_size=257, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2)
+    model = HuggingFaceCausalLM(transformers.OPTForCausalLM(transformers.OPTConfig(**shape, max_position_embeddings=32)))
+    with pytest.raises(InputError, match="table of 32 positions and cannot read 40 tokens"):
+        model(tokens)
+
+
+def test_a_dtype_is_that_of_the_weights(tmp_path):
+    llama().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for asked, found in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        model, _ = load_causal_lm(tmp_path, dtype=asked)
+        assert {parameter.dtype for parameter in model.parameters()} == {found} and not model.training
 
 
 def test_what_is_not_there_is_refused(tokens):

@@ -145,3 +145,4 @@ def test_parameters_are_float32_unless_asked_otherwise(model, tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == infini.load(tmp_path).embedding.weight.dtype == torch.float32
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert InfiniForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16  # the older name

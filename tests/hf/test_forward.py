@@ -90,6 +90,26 @@ def test_a_cache_is_a_box_around_a_value(model, ids):
     assert cache.get_seq_length() == len(cache) == cache.nbytes == 0
 
 
+@torch.no_grad()
+def test_a_cache_is_filled_and_its_rows_are_counted(model, ids):
+    padding = torch.zeros(3, 20, dtype=torch.bool)
+    padding[1, :9] = True
+    session = StreamingSession(model.model, batch_size=3)
+    session.feed(ids[:, :20], padding=padding)
+    cache = InfiniCache(session.state)
+    assert cache.columns == 20 and torch.equal(cache.attention_mask(ids[:, 20:])[:, :20], (~padding).long())
+    with pytest.raises(InputError, match="the cache has 3 rows, ids have 2; use batch_repeat_interleave"):
+        cache.attention_mask(ids[:2])
+    # What was read counts, also where nobody wants to go on from here.
+    expected, _ = model.model(ids[:1])
+    read = model(ids[:1, :20]).past_key_values
+    close(model(ids[:1, 20:], past_key_values=read, use_cache=False).logits, expected[:, 20:])
+    # One that is given is wanted, in training too.
+    own = InfiniCache()
+    model.train()(ids[:, :20], past_key_values=own)
+    assert own.columns == 20
+
+
 def test_the_loss_is_the_mean_over_the_labels(model, ids):
     labels = ids.clone()
     labels[0, :30] = -100
@@ -117,6 +137,8 @@ def test_gradients_are_those_of_the_transformer_with_recomputation_too(model, id
     for name in expected:
         for other in found:
             close(other[name], expected[name])
+    model.eval()(ids)
+    assert not model.model._recompute  # what is not trained pays nothing for it
 
 
 @pytest.mark.parametrize(
@@ -157,3 +179,11 @@ def test_a_hole_that_opens_between_two_calls_is_seen(make):
         model(ids[:1, :1], attention_mask=torch.ones(1, 5), past_key_values=cache)
     with pytest.raises(InputError, match="cannot be cut back"):
         cache.crop(3)
+
+
+@torch.no_grad()
+def test_one_token_is_enough_for_a_hole_after_it(model):
+    mask = torch.tensor([[1, 0]])
+    cache = model(torch.tensor([[1, 2]]), attention_mask=mask).past_key_values
+    with pytest.raises(InputError, match="has a hole"):
+        model(torch.tensor([[3]]), attention_mask=torch.tensor([[1, 0, 1]]), past_key_values=cache)

@@ -216,10 +216,20 @@ def test_a_cache_without_the_mask_of_what_it_has_read_is_refused(make, ids):
     for mask, sentence in (
         (None, "has read 45 tokens and there is no attention_mask"),
         (torch.ones(3, 4), "give new tokens alone with attention_mask=cache.attention_mask"),
+        (padded(torch.cat([ids, new], dim=1), (9, 0, 31))["attention_mask"], "counts \\[36, 45, 14\\] tokens"),  # rows exchanged
         (torch.ones(3, 49), "counts \\[45, 45, 45\\] tokens where the cache has read \\[45, 36, 14\\]"),
     ):
         with pytest.raises(InputError, match=sentence):
             model.generate(new, attention_mask=mask, past_key_values=copy.copy(cache), max_new_tokens=3)
+    with pytest.raises(InputError, match="give new tokens alone"):  # all that was read, and nothing new
+        model.generate(**padded(ids, (0, 9, 31)), past_key_values=copy.copy(cache), max_new_tokens=3)
+
+
+def test_padding_on_the_right_of_one_row_is_enough_to_refuse(model, ids):
+    mask = torch.ones_like(ids)
+    mask[1, 40:] = 0
+    with pytest.raises(InputError, match="ends with padding"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3)
 
 
 def test_assisted_decoding_is_refused(make, ids):

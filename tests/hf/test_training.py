@@ -1,5 +1,6 @@
 """Trainer and PEFT, with the gates of the memory learning too."""
 
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -50,6 +51,7 @@ def pristine():
 def test_trainer_lowers_the_loss_and_its_folder_is_a_checkpoint(pristine, rows, tmp_path):
     trainer, before, after = fit(pristine, rows, tmp_path, gradient_accumulation_steps=2)
     assert after < 0.7 * before
+    assert trainer.predict(rows).predictions.shape == (8, 40, 256)  # the logits, and no cache beside them
     trainer.save_model(tmp_path / "model")
     with torch.no_grad():
         ids = torch.tensor([rows[0]["input_ids"]])
@@ -111,6 +113,17 @@ def test_lora_trains_adapters_and_gates_alone_and_merges_into_a_checkpoint(make,
     assert load_gates(again, adapter) == gates
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings(FUTURE)
+def test_an_adapter_of_a_write_gate_is_no_gate(make):
+    peft = pytest.importorskip("peft")
+    own = gates_of(make(**LONG))
+    model = peft.get_peft_model(make(**LONG), peft.LoraConfig(r=2, target_modules=["write_gate"]))
+    adapters = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert adapters and "write_gate" in adapters[0]
+    found = gates_of(model)
+    assert len(found) == len(own) and not any("lora_" in name for name in found)
 
 
 @pytest.fixture
@@ -228,21 +241,38 @@ def test_each_trial_of_a_search_keeps_its_own_gates(adapted, rows, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run-0", "run-1"]
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_the_best_gates_come_back_only_where_the_best_adapter_does(make, tmp_path, best):
+    model = make(memory_layers=[0])
+    save_gates(model, tmp_path)
+    gate = model.model.blocks[0].attention.beta
+    with torch.no_grad():
+        kept = gate.clone()
+        gate.add_(1)
+    state = SimpleNamespace(best_model_checkpoint=str(tmp_path))
+    KeepGates().on_train_end(SimpleNamespace(load_best_model_at_end=best), state, None, model=model)
+    assert torch.equal(gate, kept if best else kept + 1)
+
+
 def test_gates_that_do_not_fit_are_refused(make, tmp_path):
     with pytest.raises(InputError, match=r"gates.safetensors cannot be read .* written by save_gates"):
         load_gates(make(), tmp_path)
     save_gates(make(memory_layers=[0]), tmp_path)
     with pytest.raises(InputError, match=r"belongs to another model: missing \['blocks.1.attention.beta'\], unexpected \[\]"):
         load_gates(make(), tmp_path)
+    save_gates(make(), tmp_path)
+    with pytest.raises(InputError, match=r"belongs to another model: missing \[\], unexpected \['blocks.1.attention.beta'\]"):
+        load_gates(make(memory_layers=[0]), tmp_path)
     model = make(memory_layers=[0])
     with torch.no_grad():
         model.model.blocks[0].attention.beta[1] = float("nan")
     save_gates(model, tmp_path)
     with pytest.raises(InputError, match="beta holds a NaN"):
         load_gates(make(memory_layers=[0]), tmp_path)
-    save_file({"blocks.0.attention.beta": torch.zeros(7)}, tmp_path / "gates.safetensors")
-    with pytest.raises(InputError, match=r"belongs to another model: blocks.0.attention.beta is \[7\], not \[4\]"):
-        load_gates(make(memory_layers=[0]), tmp_path)
+    for shape in ([7], [1, 4]):
+        save_file({"blocks.0.attention.beta": torch.zeros(shape)}, tmp_path / "gates.safetensors")
+        with pytest.raises(InputError, match=f"belongs to another model: blocks.0.attention.beta is {re.escape(str(shape))}, not .4."):
+            load_gates(make(memory_layers=[0]), tmp_path)
 
 
 def test_gates_of_another_model_are_refused():

@@ -74,6 +74,7 @@ def test_every_window_of_this_gpu(kernel, history):
         ("cudnn", torch.bfloat16, 64, True, (9, 0), True, "knows no window"),
         ("flash4", torch.bfloat16, 64, True, (9, 0), True, None),
         ("torch_flash", torch.float16, 256, False, (8, 0), False, None),
+        ("efficient", torch.float32, 64, False, (8, 0), False, None),
         ("sdpa", torch.float64, 512, False, (8, 0), False, None),
     ],
 )
@@ -82,6 +83,8 @@ def test_what_cannot_run_says_why(kernel, dtype, dim, window, capability, there,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = why_not(kernel, CUDA, dtype, dim, window)
     assert found is None if why is None else why in found
+    if kernel != "sdpa" and not window:
+        assert why_not(kernel, torch.device("mps"), dtype, dim) == f"{kernel} needs a CUDA device, not mps"
 
 
 @pytest.mark.parametrize(("content", "expected"), [("flash_attn/cute", [False, False, True]), ("flash_attn/ops", [False, False, False])])

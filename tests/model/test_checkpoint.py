@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import infini
 from infini import InfiniConfig, InfiniTransformer, InputError
+from infini.checkpoint import resolve
 
 SHAPE = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -96,6 +97,16 @@ def refused(folder, message):
     assert "\n" not in str(caught.value).strip()
 
 
+def test_names_are_those_of_shipped_models_unless_there_is_such_a_folder(tmp_path, monkeypatch):
+    for name in ("b", "a"):
+        make().save_pretrained(tmp_path / "shipped" / name)
+    monkeypatch.setattr("infini.checkpoint.SHIPPED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    assert resolve(None) == tmp_path / "shipped" / "a" and resolve("b") == tmp_path / "shipped" / "b"
+    (tmp_path / "b").mkdir()
+    assert resolve("b").absolute() == tmp_path / "b"
+
+
 def test_missing(tmp_path, folder):
     refused(tmp_path / "nowhere", r"there is no checkpoint folder '.*nowhere'; shipped models are")
     refused(tmp_path, r"is no checkpoint: it has no config\.json")
@@ -138,6 +149,7 @@ def change_config(folder, **changes):
         ({"update_rule": "hebb"}, "update_rule is 'hebb'; it must be one of linear, delta"),
         ({"gate_when_empty": "false"}, "gate_when_empty is 'false'; it must be true or false"),
         ({"model_type": "llama"}, "is of another model: model_type is 'llama', not 'infini'; load it with the class of that model"),
+        ({"format": None}, "has format None; this version reads 'infini-1'"),
         ({"format": "infini-9"}, "has format 'infini-9'; this version reads 'infini-1'"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
