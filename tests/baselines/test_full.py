@@ -51,6 +51,20 @@ def test_values_and_gradients_are_the_references(build, plain, window, sizes):
         assert_equal_to_oracle(name, got[name], gradient)
 
 
+@pytest.mark.parametrize("theta", [3.0, 1e6])
+def test_rotations_are_as_fast_as_they_are_asked_to_be(build, plain, theta):
+    model, tokens = build(rope_theta=theta), torch.randint(31, (1, 11))
+    assert_equal_to_oracle("logits", model(tokens)[0][0], logits_of(plain, model, tokens[0]))
+
+
+def test_a_window_knows_distances_alone_however_long_the_text(build):
+    """One layer, a window of 3: what a token gives is what it gives as the third of a text, at any place."""
+    model, tokens = build(window=3, num_hidden_layers=1).eval(), torch.randint(31, (1, 300))
+    whole, _ = model(tokens)
+    alone, _ = model(tokens[0].unfold(0, 3, 1))
+    assert torch.allclose(whole[0, 2:], alone[:, 2], atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 7])
 def test_it_errs_no_more_than_plain_operations(build, plain, window, dtype):
@@ -60,7 +74,7 @@ def test_it_errs_no_more_than_plain_operations(build, plain, window, dtype):
     assert_witnessed("logits", model(tokens)[0][0], logits_of(plain, model, tokens[0]), expected)
 
 
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("window", [None, 7, 3])
 def test_memory_false_cuts_at_the_segment(build, window):
     model, tokens = build(window=window), torch.randint(31, (2, 14))
     cut, _ = model(tokens, memory=False)
@@ -90,6 +104,16 @@ def test_long_ragged_rows_are_masked_in_parts(build):
     for row in range(2):
         alone, _ = model(tokens[row : row + 1, ~padding[row]])
         assert torch.allclose(found[row, ~padding[row]], alone[0], atol=1e-12)
+
+
+def test_documents_in_long_rows_are_masked_in_parts(build):
+    """Each part of the queries has the documents of its own place."""
+    model, tokens = build().eval(), torch.randint(31, (1, 600))
+    reset, starts = torch.zeros(1, 600, dtype=torch.bool), [0, 100, 250, 257, 530, 600]
+    reset[0, starts[1:-1]] = True
+    found, _ = model(tokens, reset=reset)
+    for start, stop in zip(starts, starts[1:], strict=False):
+        assert torch.allclose(found[:, start:stop], model(tokens[:, start:stop])[0], atol=1e-12)
 
 
 def test_options_that_cannot_be_honored_are_refused(small):

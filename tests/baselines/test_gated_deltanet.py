@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from baselines.full import reference as window
 from baselines.gated_deltanet import operator, reference
 from baselines.gated_deltanet.config import GatedDeltaNetConfig
+from baselines.gated_deltanet.layer import project
 from baselines.gated_deltanet.model import GatedDeltaNet
 from baselines.gated_deltanet.rule import CHUNK, gated_delta_rule
 from infini import gated_delta
@@ -238,6 +239,19 @@ def test_decays_start_as_mamba2s():
     assert 0.999e-3 < steps.min() < 1.02e-3 and 0.098 < steps.max() < 0.1001 and 0.009 < steps.median() < 0.011
 
 
+def test_convolutions_start_around_zero():
+    weight = GatedDeltaNet(GatedDeltaNetConfig(hidden_size=512, num_hidden_layers=1)).blocks[0].attention.short_conv.weight
+    assert -0.5 <= weight.min() < -0.49 and 0.49 < weight.max() <= 0.5 and weight.mean().abs() < 0.02
+
+
+def test_write_strengths_are_not_rounded_to_16_bit(small):
+    model = GatedDeltaNet(GatedDeltaNetConfig(**small)).bfloat16()
+    layer, x = model.blocks[0].attention, torch.randn(1, 7, 16).bfloat16()
+    before = x.new_zeros(1, 3, len(layer.short_conv.weight[0]))
+    *_, strength = project(layer, x, before, None)
+    assert torch.equal(strength, torch.sigmoid(layer.strength_proj(x).float()))
+
+
 @pytest.mark.parametrize("name", ["window", "key_head_dim", "conv_size"])
 def test_options_that_cannot_be_honored_are_refused(small, name):
     with pytest.raises(InputError, match=f"{name} is 0; it must be at least 1"):
@@ -266,11 +280,12 @@ def chosen(backend="auto", device=CUDA, dtype=torch.bfloat16, key_head_dim=64, g
 
 def test_the_operator_is_taken_where_it_can_run(machine):
     assert chosen() == chosen("fla") == chosen(dtype=torch.float16) == "fla"
-    assert chosen("torch") == "torch"
+    assert chosen("torch") == "torch" and chosen(key_head_dim=256) == "fla"
     machine(triton=(3, 6, 0))
     assert chosen(gradients=False) == "fla"
-    machine(triton=(3, 6, 0), capability=(8, 0))
-    assert chosen() == "fla"
+    for other in ((8, 0), (10, 0)):
+        machine(triton=(3, 6, 0), capability=other)
+        assert chosen() == "fla"
     machine(triton=(3, 6, 0), packages=("fla", "tilelang"))
     assert chosen() == "fla"
 
@@ -338,6 +353,24 @@ def test_the_operator_is_called_as_it_wants_to_be(stand_in, packed):
     found = with_gradients(lambda **leaves: operator.recur("fla", **leaves), inputs, begins=begins)
     for name, oracle in expected.items():
         assert_equal_to_oracle(name, found[name], oracle)
+
+
+def test_the_operators_first_matrices_are_never_of_16_bits(monkeypatch):
+    seen = []
+    monkeypatch.setattr(operator, "gated_delta_by_fla", lambda q, k, v, g, b, initial, borders: seen.append(initial.dtype) or (v, initial))
+    q, k, v, log_decay, strength, _ = (x.bfloat16() for x in draw(7).values())
+    operator.recur("fla", q, k, v, log_decay.float(), strength.float(), None, documents(7))
+    assert seen == [torch.float32]
+
+
+def test_gradients_are_expected_wherever_they_are_recorded(build, monkeypatch):
+    """Also in evaluation mode: an operator whose gradients are wrong must not be taken there."""
+    asked, model, tokens = [], build().eval(), torch.randint(31, (1, 6))
+    monkeypatch.setattr("baselines.gated_deltanet.model.choose_recurrence", lambda *call: asked.append(call[-1]) or "torch")
+    model(tokens)
+    with torch.no_grad():
+        model.train()(tokens)
+    assert asked == [True, False]
 
 
 def test_a_model_on_the_operator_gives_the_same(stand_in, build, monkeypatch):

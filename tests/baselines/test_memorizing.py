@@ -16,7 +16,7 @@ VARIANTS = {
     "evicting": {"memory_size": 7, "memory_length": 3},  # no multiple of a segment
     "smaller-than-a-segment": {"memory_size": 3, "memory_length": 0},
     "all-retrieved": {"memory_size": 10, "memory_length": 5, "top_k": 50},
-    "first-layer": {"memory_size": 8, "memory_layer": 0, "memory_length": 5},
+    "first-layer": {"memory_size": 8, "memory_layer": 0, "memory_length": 5, "rope_theta": 30.0},
 }
 
 
@@ -150,6 +150,29 @@ def test_the_memory_reaches_beyond_the_caches_and_can_be_silenced(build):
     assert moves() and not moves(memory=False)
     # Silenced, it is written all the same.
     assert torch.equal(model(tokens, memory=False)[1].layers[1].keys, model(tokens)[1].layers[1].keys)
+
+
+def test_silenced_it_is_the_model_whose_gates_are_closed(build):
+    """Caches stay, in the layer with the memory and in the others."""
+    model, tokens = build(memory_length=7).eval(), torch.randint(31, (2, 23))
+    with torch.no_grad():
+        model.blocks[1].attention.beta.fill_(-800)
+    assert torch.allclose(model(tokens, memory=False)[0], model(tokens)[0], atol=1e-12)
+
+
+def test_scores_start_like_those_of_plain_attention(small):
+    """q.k / sqrt(d) of queries and keys of unit variance, so of length sqrt(d): sqrt(d) times that of unit ones."""
+    layer = MemorizingTransformer(MemorizingConfig(**small)).blocks[1].attention
+    torch.testing.assert_close(layer.log_scale.exp(), torch.full((2,), 8**0.5))
+
+
+@pytest.mark.parametrize(("beta", "share"), [(-800.0, 0.0), (800.0, 1.0)])
+def test_what_is_retrieved_has_the_share_of_the_gates(build, beta, share):
+    model, trace = build(memory_size=100), {}
+    with torch.no_grad():
+        model.blocks[1].attention.beta.fill_(beta)
+    model(torch.randint(31, (2, 12)), trace=trace)
+    assert float(trace["layers"][1]["memory_share"]) == share
 
 
 def test_what_telemetry_sees(build):

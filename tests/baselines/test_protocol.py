@@ -45,6 +45,12 @@ def test_every_parameter_is_trained_once(model):
     assert not [name for name in decays if "norm" in name or "bias" in name or "beta" in name]
 
 
+def test_a_trace_has_an_entry_for_every_layer(model):
+    trace = {}
+    model(torch.randint(31, (2, 13)), trace=trace)
+    assert len(trace["layers"]) == model.config.num_hidden_layers
+
+
 def test_recomputation_changes_no_gradient(model, plain):
     tokens = torch.randint(31, (2, 13))
     kept = plain.gradients(model, model(tokens)[0].square().sum())
@@ -97,6 +103,7 @@ def test_a_state_has_the_models_dtype_and_the_declared_bytes(model, dtype, tmp_p
         # What a whole text is added up in is never in 16 bit.
         precise = torch.promote_types(torch.float32, dtype)
         assert floats == {name: precise if name.endswith("matrix") else dtype for name in floats}
+        assert all(x.dtype == floats[name] for name, x in tensors(model.init_state(2)).items() if x.is_floating_point())
 
 
 @torch.no_grad()

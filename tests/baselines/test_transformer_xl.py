@@ -17,7 +17,7 @@ VARIANTS = {
     "short-cache": {"memory_length": 3},
     "long-cache": {"memory_length": 12},
     "no-cache": {"memory_length": 0},
-    "rotary": {"positions": "rotary", "memory_length": 7},
+    "rotary": {"positions": "rotary", "memory_length": 7, "rope_theta": 30.0},
     "post-norm": {"norm": "post", "memory_length": 5},
     "clamped": {"memory_length": 12, "clamp_length": 6},
 }
@@ -150,12 +150,14 @@ def test_options_that_cannot_be_honored_are_refused(small):
         ({"positions": "learned"}, "positions is 'learned'; it must be one of relative, rotary"),
         ({"memory_length": -1}, "memory_length is -1; it must be at least 0"),
         ({"positions": "rotary", "clamp_length": 4}, "clamp_length is 4; it must be None for rotary"),
+        ({"clamp_length": 0}, "clamp_length is 0; it must be at least 1"),
         ({"num_attention_heads": 3}, "hidden_size is 16; it must be a multiple of num_attention_heads = 3"),
     ]:
         with pytest.raises(InputError, match=sentence):
             TransformerXLConfig(**small | changes)
-    with pytest.raises(InputError, match="'flash'; this model has 'sdpa' alone"):
-        TransformerXL(TransformerXLConfig(**small), attention="flash")
+    for backend in ("flash", "eager"):
+        with pytest.raises(InputError, match=f"'{backend}'; this model has 'sdpa' alone"):
+            TransformerXL(TransformerXLConfig(**small), attention=backend)
 
 
 def test_the_two_presets():

@@ -185,3 +185,16 @@ def test_low_precision_by_the_witness_rule(rule, from_dtype):
         results[witness] = found | {f"d{n}": g for n, g in gradients(found, leaves, weights).items()}
     for name, oracle in results["oracle"].items():
         assert_witnessed(name, results["fast"][name], results["plain"][name], oracle)
+
+
+@pytest.mark.parametrize("rule", ["delta", "gamma_delta", "deltanet"])
+def test_the_map_is_what_is_left_of_a_difference(rule):
+    """Two memories that differ by D differ by A D after three segments, and by nothing where a document began."""
+    keys, values = torch.rand(2, 3, 4, 1, 5, dtype=torch.float64), torch.randn(2, 3, 4, 1, 3, dtype=torch.float64)
+    keys = keys / keys.norm(dim=-1, keepdim=True)
+    one, other = torch.randn(2, 2, 1, 5, 3, dtype=torch.float64)
+    z = None if rule == "deltanet" else 1 + torch.rand(2, 1, 5, dtype=torch.float64)
+    fresh = torch.tensor([[False, False, False], [False, True, False]])
+    _, after, A = memory.write_segments_with_map(rule, memory.MemoryState(one, z), keys, None, values, fresh=fresh)
+    _, then, _ = memory.write_segments_with_map(rule, memory.MemoryState(other, z), keys, None, values, fresh=fresh)
+    assert torch.allclose(after.matrix - then.matrix, A @ (one - other), atol=1e-12) and not A[1].any()

@@ -79,6 +79,36 @@ def test_recomputation_changes_nothing():
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("sizes", [[1] * 19, [5, 11, 3]], ids=str)
+def test_gradients_do_not_know_how_a_text_was_cut(sizes):
+    """The open segment's keys, values, write strengths and inputs of convolutions pass gradients on."""
+    model, tokens = make("long", short_conv=3).double(), torch.randint(50, (2, 19))
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attention.short_conv.weight, std=0.5)
+    aim, found = torch.randn(2, 19, 50, dtype=torch.float64), []
+    for pieces in ([19], sizes):
+        state, logits = None, []
+        for piece in tokens.split(pieces, dim=1):
+            some, state = model(piece, state)
+            logits.append(some)
+        found.append(torch.autograd.grad((torch.cat(logits, dim=1) * aim).sum(), list(model.parameters())))
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*found, strict=True))
+
+
+def test_a_trace_is_of_the_calls_own_tokens():
+    model, tokens, means, state = make("long", num_hidden_layers=1).double(), torch.randint(50, (2, 29)), [], None
+    torch.nn.init.normal_(model.blocks[0].attention.write_gate.weight)
+    for piece in (tokens, tokens[:, :13], tokens[:, 13:]):
+        _, state = model(piece, None if len(means) < 2 else state, trace=(trace := {}))
+        means.append(trace["layers"][0]["write_gate_mean"])
+    torch.testing.assert_close(29 * means[0], 13 * means[1] + 16 * means[2])
+
+
+def test_memory_keys_start_small():
+    attention = make("long").blocks[0].attention
+    assert (attention.key_bias == -3).all() and not attention.query_bias.any()
+
+
 def test_trace_describes_every_layer():
     model, tokens = make("long", memory_layers=(1,)), torch.randint(50, (2, 29))
     trace = {}
