@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from infini.errors import InputError
+
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors from any device to `path`: to a file beside it first, then renamed.
@@ -19,9 +21,12 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
         metadata: strings for the file's header.
 
     Raises:
+        InputError: at `path` stands something else than a file, a device or a pipe, which a file would replace.
         OSError: the disk is full or the folder cannot be written; `path` is as it was, and nothing is left beside it.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file, and saving would replace it: name a file")
     part = path.with_name(path.name + ".part")
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata and dict(metadata))

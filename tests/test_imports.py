@@ -28,8 +28,8 @@ LEVELS = [
     {"layers", "local", "memory"},
     {"kernels", "causal", "gated_delta", "compiled", "config", "segments", "tokenizer_file"},
     {"field_types"},
-    {"device"},
-    {"protocol", "errors", "tensor_file"},
+    {"device", "tensor_file"},
+    {"protocol", "errors"},
     {"reference"},
 ]
 HEIGHT = {part: -line for line, parts in enumerate(LEVELS) for part in parts}

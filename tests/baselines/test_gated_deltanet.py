@@ -383,10 +383,13 @@ def test_a_model_on_the_operator_gives_the_same(stand_in, build, monkeypatch):
     _, before = model(tokens[:, :7])
     expected = [model(tokens, state, **options) for options in calls for state in (None, before)]
     monkeypatch.setattr("baselines.gated_deltanet.model.choose_recurrence", lambda *_: "fla")
+    operated, called = operator.gated_delta_by_fla, []
+    monkeypatch.setattr(operator, "gated_delta_by_fla", lambda *given: called.append(given) or operated(*given))
     found = [model(tokens, state, **options) for options in calls for state in (None, before)]
     for (one, after), (other, then) in zip(found, expected, strict=True):
         assert_equal_to_oracle("logits", one, other)
         assert_equal_to_oracle("matrix", after.layers[0].matrix, then.layers[0].matrix)
+    assert len(called) >= len(expected)
 
 
 @pytest.mark.gpu

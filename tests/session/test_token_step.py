@@ -204,16 +204,20 @@ def test_a_state_that_was_asked_for_stays_while_the_session_writes_on(uncaptured
         assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
 
 
+def ends_apart(model):
+    """A session of two rows that read a prompt, what they would write, and a token that only the first one writes."""
+    session, prompts = StreamingSession(model, batch_size=2), torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]])
+    session.feed(prompts)
+    free = tokens(session, 8)
+    session.restart(model.init_state(2))
+    session.feed(prompts)
+    return session, free, next(int(token) for token in free[:, 0] if token not in free[:, 1])
+
+
 def test_a_row_that_has_ended_keeps_what_else_it_was_fed(uncaptured):
-    model = build("long")
-    prompts, after = torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]]), []
+    model, after = build("long"), []
     for decode in ("eager", "graph"):
-        session = StreamingSession(model, batch_size=2)
-        session.feed(prompts)
-        free = tokens(session, 8)
-        session.restart(model.init_state(2))
-        session.feed(prompts)
-        stop = next(int(token) for token in free[:, 0] if token not in free[:, 1])
+        session, _, stop = ends_apart(model)
         writer = session.generate(8, decode=decode, stop_ids=[stop])
         while next(writer)[0] != stop:
             pass
@@ -226,13 +230,8 @@ def test_a_row_that_has_ended_keeps_what_else_it_was_fed(uncaptured):
 
 def test_a_session_whose_rows_ended_apart_is_restored(uncaptured, tmp_path):
     """A row that has ended is fed no more, and the session counts its tokens as the state does."""
-    model, prompts = build("long"), torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]])
-    session = StreamingSession(model, batch_size=2)
-    session.feed(prompts)
-    free = tokens(session, 8)
-    session.restart(model.init_state(2))
-    session.feed(prompts)
-    stop = next(int(token) for token in free[:, 0] if token not in free[:, 1])
+    model = build("long")
+    session, free, stop = ends_apart(model)
     tokens(session, 8, decode="graph", stop_ids=[stop])
     session.save(tmp_path / "s")
     restored = StreamingSession.restore(tmp_path / "s", model)
